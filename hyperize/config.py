@@ -1,0 +1,229 @@
+"""`HyperConfig`: what the user asks for. Every value in a config is valid on its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+__all__ = ["BudgetError", "ConfigError", "HyperConfig", "HyperizeError", "ModelError"]
+
+Tile = tuple[int, int]
+"""Channels of one tile along axis 0 and axis 1 of the weight; (out, in) for Conv2d and LSTM."""
+
+
+class HyperizeError(ValueError):
+    """Base class of every error that this library raises for a request it cannot carry out."""
+
+
+class ConfigError(HyperizeError):
+    """A value of a `HyperConfig` is invalid, or a pattern or target in it matches nothing."""
+
+
+class BudgetError(HyperizeError):
+    """The requested compression or parameter total cannot be reached with this model."""
+
+
+class ModelError(HyperizeError, TypeError):
+    """The model (or one of its layers) is of a kind that cannot be rewritten or converted."""
+
+
+@dataclass(frozen=True)
+class HyperConfig:
+    """The request that `make_plan` turns into integers.
+
+    Attributes:
+        compression: Weights of the rewritten parameters, divided by the parameters of the
+            hypernetwork and all embeddings together, at least. Must be finite and above 1;
+            `None` makes no request. Not enforced when `embedding_dim` is given.
+        max_params: Parameters of the WHOLE model after the rewrite, at most; replaces
+            `compression`.
+        targets: Kinds of layer to rewrite, as registered with `register_layer`.
+        include: Globs over module paths (`fnmatch` rules, `*` also crosses dots); only matching
+            layers are rewritten.
+        exclude: Globs over module paths; matching layers stay dense. Wins over `include`.
+        embedding_dim: Length Nz of every tile's embedding; `None` lets the planner take the
+            largest that meets the request.
+        hidden_dim: Length d of the hypernetwork's hidden layer; `None` lets the planner choose.
+        tile: Channels of one tile along axis 0 and axis 1 of the weight (out, in for Conv2d), for
+            all kernel sizes or per kernel size as in `{"3x3": (16, 32), "1": (16, 256)}` (the
+            trunk is shared, so the entry at `trunk_axis` must agree); `None` lets the planner
+            choose.
+        trunk_axis: The axis of the weight along which the hypernetwork's first layer has its own
+            slice per channel of a tile. The paper takes the input channels, 1 (arXiv 1609.09106,
+            sec. 3.1); 0 is the same form transposed, writes a weight in its memory order and is
+            faster.
+        seed: Seed of the initial hypernetwork and embeddings. `None` takes it from the state of
+            torch's global generator, which is read and not advanced.
+
+    Raises:
+        ConfigError: A value is out of its range or of the wrong type.
+    """
+
+    compression: float | None = 10.0
+    max_params: int | None = None
+    targets: tuple[str, ...] = ("conv2d", "lstm")
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    embedding_dim: int | None = None
+    hidden_dim: int | None = None
+    tile: Tile | tuple[tuple[str, Tile], ...] | Mapping[str, Tile] | None = None
+    trunk_axis: Literal[0, 1] = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "include", "exclude"):
+            object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        object.__setattr__(self, "tile", _tile(self.tile))
+        for name in ("max_params", "embedding_dim", "hidden_dim"):
+            value = getattr(self, name)
+            if value is not None and not _positive(value):
+                raise ConfigError(f"{name} must be a positive integer or None, got {value!r}.")
+        if self.seed is not None and (
+            not isinstance(self.seed, int) or isinstance(self.seed, bool)
+        ):
+            raise ConfigError(f"seed must be an integer or None, got {self.seed!r}.")
+        if self.trunk_axis not in (0, 1) or isinstance(self.trunk_axis, bool):
+            raise ConfigError(f"trunk_axis must be 0 or 1, got {self.trunk_axis!r}.")
+        if len({pair[self.trunk_axis] for pair in self.tiles_by_kernel.values()}) > 1:
+            raise ConfigError(
+                "tile: the trunk is shared by all kernel sizes, so every tile needs the same "
+                f"number of channels along trunk_axis={self.trunk_axis}, got {self.tile!r}."
+            )
+        if not self.targets:
+            raise ConfigError('targets is empty; name at least one kind of layer, as "conv2d".')
+        if not self.include:
+            raise ConfigError('include is empty, so nothing could match; ("*",) matches all.')
+        ratio = self.compression
+        if ratio is not None and (
+            isinstance(ratio, bool)
+            or not isinstance(ratio, (int, float))
+            or not math.isfinite(ratio)
+            or ratio <= 1
+        ):
+            raise ConfigError(
+                "compression is dense weights over generated-from parameters and must be a finite "
+                f"number above 1, got {ratio!r}. To choose the size yourself pass embedding_dim, "
+                "hidden_dim and tile."
+            )
+        if ratio is None and self.max_params is None and self.embedding_dim is None:
+            raise ConfigError(
+                "compression=None makes no request, so the planner needs max_params or "
+                "embedding_dim; both are None."
+            )
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> HyperConfig:
+        """The CIFAR-10 setting of the paper (arXiv 1609.09106, sec. 4.2): 16x16 tiles, Nz = d = 64.
+
+        Args:
+            **overrides: Fields to set otherwise, e.g. `exclude=("conv1",)`: the paper keeps the
+                first convolution dense.
+        """
+        preset: dict[str, Any] = {
+            "compression": None,
+            "tile": (16, 16),
+            "embedding_dim": 64,
+            "hidden_dim": 64,
+            "trunk_axis": 1,
+        }
+        return cls(**(preset | overrides))
+
+    def replace(self, **overrides: Any) -> HyperConfig:
+        """A copy with some fields changed.
+
+        Raises:
+            ConfigError: A name is not a field, or a value is invalid.
+        """
+        known = [f.name for f in fields(self)]
+        if unknown := [name for name in overrides if name not in known]:
+            raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(known)}.")
+        return replace(self, **overrides)
+
+    @property
+    def tiles_by_kernel(self) -> dict[str, Tile]:
+        """The tile of each kernel size, empty unless `tile` was given per kernel size."""
+        tile = self.tile
+        if tile is None or isinstance(next(iter(tile)), int):
+            return {}
+        return dict(tile)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values; the inverse of `from_dict`."""
+        data = asdict(self)
+        for name in ("targets", "include", "exclude"):
+            data[name] = list(data[name])
+        if by_kernel := self.tiles_by_kernel:
+            data["tile"] = {kernel: list(pair) for kernel, pair in by_kernel.items()}
+        elif self.tile is not None:
+            data["tile"] = list(self.tile)
+        return data
+
+    def to_json(self) -> str:
+        """The fields as a JSON object; the inverse of `from_json`."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HyperConfig:
+        """A config from the output of `to_dict`.
+
+        Raises:
+            ConfigError: The data is not a mapping, a name is not a field, or a value is invalid.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a config must be a mapping of fields, got {type(data).__name__}.")
+        base = cls()
+        return base.replace(**data)
+
+    @classmethod
+    def from_json(cls, text: str) -> HyperConfig:
+        """A config from the output of `to_json`.
+
+        Raises:
+            ConfigError: The text is not JSON, or as in `from_dict`.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"a config must be a JSON object, got {text[:40]!r}.") from error
+        return cls.from_dict(data)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _strings(name: str, value: Any) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple, set, frozenset)) or not all(
+        isinstance(item, str) for item in values
+    ):
+        raise ConfigError(f"{name} must be a string or a sequence of strings, got {value!r}.")
+    return tuple(sorted(values)) if isinstance(values, (set, frozenset)) else tuple(values)
+
+
+def _tile(value: Any) -> Tile | tuple[tuple[str, Tile], ...] | None:
+    """The canonical form of `HyperConfig.tile`: None, a pair, or a sorted tuple of (kernel, pair)."""
+    if value is None:
+        return None
+    rule = (
+        "tile must be (out, in) with positive integers, or a mapping from kernel sizes to such "
+        f'pairs as {{"3x3": (16, 32)}}, got {value!r}.'
+    )
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_positive, value)):
+        return (value[0], value[1])
+    try:
+        items = dict(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(rule) from error
+    pairs = []
+    for kernel, pair in items.items():
+        canonical = _tile(pair) if isinstance(pair, (list, tuple)) and len(pair) == 2 else None
+        if not isinstance(kernel, str) or canonical is None or not isinstance(canonical[0], int):
+            raise ConfigError(rule)
+        pairs.append((kernel, canonical))
+    if not pairs:
+        raise ConfigError(rule)
+    return tuple(sorted(pairs))  # type: ignore[arg-type]

@@ -1,0 +1,133 @@
+"""The generator: embeddings in, weights out. It knows shapes, not modules.
+
+The two-layer linear hypernetwork of "HyperNetworks" (Ha, Dai, Le, arXiv 1609.09106, sec. 3.1 and
+eq. 4), with one trunk for all sites and one output layer per kernel size. It scales and shifts each
+site's weights by two constants, so that they start with the mean and the standard deviation of the
+weights they replace, as the main network's initialisation wants it (the aim of "hyperfan-in", Chang,
+Flokas, Lipson 2020, arXiv 2312.08399):
+
+    W = scale * (W_out (W_i z + B_i) + B_out) + offset
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperize.planning import Grid, Plan
+
+__all__ = ["HyperNet"]
+
+
+class HyperNet(nn.Module):
+    """The shared hypernetwork of a plan.
+
+    Shapes of its state, with the plan's lead, d, Nz, and trail and k of each head:
+
+    - `trunk.weight` (lead * d, Nz), `trunk.bias` (lead * d)
+    - `heads.<kernel>.weight` (trail * k, d), `heads.<kernel>.bias` (trail * k)
+    - `scale`, `offset` (sites,): buffers, constants of each site; not parameters of the paper's form
+
+    Args:
+        plan: The sites' tiles and all sizes.
+        dtype: Of all parameters and buffers.
+        device: Of all parameters and buffers.
+    """
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        plan: Plan,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.trunk_axis = plan.config.trunk_axis
+        self.lead = plan.lead
+        self.hidden_dim = plan.hidden_dim
+        self.embedding_dim = plan.embedding_dim
+        device = torch.get_default_device() if device is None else device
+
+        def empty(n_in: int, n_out: int) -> nn.Linear:
+            # Made on meta, as nn.Linear's own initialisation would draw from the global generator.
+            return nn.Linear(n_in, n_out, device="meta", dtype=dtype).to_empty(device=device)
+
+        self.trunk = empty(plan.embedding_dim, plan.lead * plan.hidden_dim)
+        self.heads = nn.ModuleDict(
+            {head.kernel: empty(plan.hidden_dim, head.width) for head in plan.heads}
+        )
+        sites = len(plan.sites)
+        self.register_buffer("scale", torch.ones(sites, dtype=dtype, device=device))
+        self.register_buffer("offset", torch.zeros(sites, dtype=dtype, device=device))
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Draws the parameters so that embeddings of unit variance give weights of unit variance.
+
+        Args:
+            generator: A CPU generator; the draw is the same on every device.
+        """
+        for layer in (self.trunk, *self.heads.values()):
+            assert isinstance(layer, nn.Linear)
+            noise = torch.randn(layer.weight.shape, generator=generator)
+            layer.weight.copy_(noise / math.sqrt(layer.in_features))
+            layer.bias.zero_()
+
+    def forward(
+        self, embedding: Tensor | tuple[Tensor, ...], site: int | tuple[int, ...]
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Generates a site's weight, or the weights of several sites in one call.
+
+        Args:
+            embedding: The site's embeddings, (tiles, Nz).
+            site: The site's number in the plan.
+
+        Returns:
+            The weight, contiguous, in the dense parameter's shape and the embedding's dtype; a
+            tuple of weights for tuples of embeddings and sites.
+        """
+        if isinstance(site, tuple):
+            return tuple(self._generate(z, s) for z, s in zip(embedding, site, strict=True))
+        assert isinstance(embedding, Tensor)
+        return self._generate(embedding, site)
+
+    def _generate(self, embedding: Tensor, site: int) -> Tensor:
+        grid = self.plan.sites[site].grid
+        # A dense parameter keeps its dtype under autocast, and so does a generated one.
+        with torch.autocast(embedding.device.type, enabled=False):
+            weight = self._rows(embedding.to(self.trunk.weight.dtype), grid, site)
+            # (rows, columns) -> shape; what folding or tiling padded is cut off
+            if grid.parts > 1:
+                columns = math.prod(grid.shape[1:])
+                weight = weight.view(grid.rows, -1)[:, :columns].reshape(grid.shape)
+            else:
+                weight = weight.view(-1)[: math.prod(grid.shape)].view(grid.shape)
+            if self.trunk_axis == 1:
+                weight = weight.transpose(0, 1).contiguous()
+            return weight.to(embedding.dtype)
+
+    def _rows(self, embedding: Tensor, grid: Grid, site: int) -> Tensor:
+        """The scaled and shifted weight, (rows * parts, width * k), in its memory order."""
+        scale, offset = self.scale[site], self.offset[site]
+        head = self.heads[grid.kernel]
+        used = grid.width * math.prod(grid.shape[2:])
+        # The scale enters where the numbers are few: (tiles, Nz) @ (Nz, lead * d)
+        a = F.linear(embedding * scale, self.trunk.weight, self.trunk.bias * scale)
+        # Rearranging a, which is small, lets the last product write the weight in memory order:
+        # (row tiles, parts, lead, d) -> (row tiles * lead, parts, d), and spare rows are not computed
+        a = a.view(-1, grid.parts, self.lead, self.hidden_dim).transpose(1, 2)
+        a = a.reshape(-1, grid.parts, self.hidden_dim)[: grid.rows]
+        a = a.reshape(-1, self.hidden_dim)  # (rows * parts, d)
+        return F.linear(a, head.weight[:used], head.bias[:used] * scale + offset)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{len(self.plan.sites)} sites, embedding_dim={self.embedding_dim}, "
+            f"hidden_dim={self.hidden_dim}, lead={self.lead}"
+        )

@@ -1,0 +1,622 @@
+"""Planning: from a model and a request to integers. No tensors, so it works on the meta device.
+
+The weights of all sites are cut into tiles. A tile spans `lead` channels along the trunk axis (axis
+0 of the weight unless configured otherwise) and `trail` channels along the other, times the kernel.
+The hypernetwork of the paper (arXiv 1609.09106, eq. 4) makes a tile from its embedding z:
+
+    a_i = W_i z + B_i        i = 1..lead       W_i: (d, Nz)            the trunk, one for all sites
+    K_i = W_out a_i + B_out                    W_out: (trail * k, d)   a head, one per kernel size
+
+so that the parameters are, exactly,
+
+    tiles * Nz  +  lead * d * (Nz + 1)  +  sum over heads of trail * k * (d + 1).
+
+A layer with fewer than `trail` channels has several of its rows folded into one, so that depthwise
+and narrow layers fill their tiles; one with more is cut into parts of equal width. Only the tile's
+used part is computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from hyperize.config import BudgetError, ConfigError, HyperConfig, Tile
+from hyperize.sites import Found, Site, Skip, Untargeted, find_sites
+
+__all__ = ["Plan", "make_plan"]
+
+LEAD = 16
+"""Tile channels along the trunk axis, the paper's, unless the request needs another number."""
+MAX_HIDDEN = 64
+"""The paper's hidden size; generation costs about this many multiply-adds per weight and more."""
+TILE_WEIGHTS = (256, 4608)
+"""Bounds of the weights in a tile: below, the embeddings dominate; above, the arithmetic does."""
+FEW = 8
+"""An embedding shorter than this is a sign that other tiles would serve the request better."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The hypernetwork's output layer for one kernel size.
+
+    Attributes:
+        kernel: Kernel size as in "3x3"; "1" for all kernels of one element, dense layers included.
+        trail: Channels of a tile along the other axis than the trunk's.
+        kernel_elements: Elements k of the kernel.
+    """
+
+    kernel: str
+    trail: int
+    kernel_elements: int
+
+    @property
+    def width(self) -> int:
+        """Weights that the head writes per row of a tile."""
+        return self.trail * self.kernel_elements
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How one weight is cut into tiles.
+
+    Attributes:
+        shape: The weight's shape with the trunk axis first.
+        kernel: Which head writes it.
+        rows: Rows (channels along the trunk axis, after folding).
+        parts: Tiles along the other axis.
+        width: Channels of each part.
+        tiles: Number of tiles.
+    """
+
+    shape: tuple[int, ...]
+    kernel: str
+    rows: int
+    parts: int
+    width: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A site with its place in the hypernetwork.
+
+    Attributes:
+        site: What is generated.
+        grid: How it is tiled.
+        hyper_params: Parameters of its embeddings, `grid.tiles` times the embedding dimension.
+    """
+
+    site: Site
+    grid: Grid
+    hyper_params: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `hyperize` will build, in integers. `print(plan)` explains it.
+
+    Attributes:
+        config: The request.
+        sites: What is generated, in order.
+        skips: Targets that stay dense, with reasons.
+        untargeted: Layers of known kinds that are not targets.
+        order: How the sites were found.
+        host: Path of the module in which the hypernetwork is registered, "" for the root.
+        lead: Tile channels along the trunk axis.
+        heads: The output layers, one per kernel size.
+        embedding_dim: Nz.
+        hidden_dim: d.
+        total_params: Parameters of the whole dense model.
+        notes: Remarks for the user, e.g. a default request that explicit sizes do not meet.
+    """
+
+    config: HyperConfig
+    sites: tuple[PlannedSite, ...]
+    skips: tuple[Skip, ...]
+    untargeted: tuple[Untargeted, ...]
+    order: str
+    host: str
+    lead: int
+    heads: tuple[Head, ...]
+    embedding_dim: int
+    hidden_dim: int
+    total_params: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dense_params(self) -> int:
+        """Weights that are generated."""
+        return sum(planned.site.dense_params for planned in self.sites)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, each with its own embedding."""
+        return sum(planned.grid.tiles for planned in self.sites)
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of all embeddings."""
+        return sum(planned.hyper_params for planned in self.sites)
+
+    @property
+    def hypernet_params(self) -> int:
+        """Parameters of the shared hypernetwork."""
+        trunk = self.lead * self.hidden_dim * (self.embedding_dim + 1)
+        return trunk + sum(head.width * (self.hidden_dim + 1) for head in self.heads)
+
+    @property
+    def hyper_params(self) -> int:
+        """Parameters of the hypernetwork and all embeddings."""
+        return self.hypernet_params + self.embedding_params
+
+    @property
+    def compression(self) -> float:
+        """`dense_params / hyper_params`."""
+        return self.dense_params / self.hyper_params
+
+    @property
+    def total_hyper_params(self) -> int:
+        """Parameters of the whole model after the rewrite."""
+        return self.total_params - self.dense_params + self.hyper_params
+
+    @property
+    def tile(self) -> dict[str, Tile]:
+        """The tiles as `HyperConfig.tile` takes them."""
+        pairs = {head.kernel: (self.lead, head.trail) for head in self.heads}
+        if self.config.trunk_axis == 1:
+            pairs = {kernel: pair[::-1] for kernel, pair in pairs.items()}
+        return pairs
+
+    @property
+    def generator_macs(self) -> int:
+        """Multiply-adds of generating every weight once."""
+        width = {head.kernel: head.kernel_elements for head in self.heads}
+        trunk = self.tiles * self.embedding_dim * self.lead * self.hidden_dim
+        return trunk + sum(
+            g.rows * g.parts * self.hidden_dim * g.width * width[g.kernel]
+            for g in (planned.grid for planned in self.sites)
+        )
+
+    def layers(self) -> dict[str, dict[str, int]]:
+        """Layer path -> generated parameter -> the site's number."""
+        layers: dict[str, dict[str, int]] = {}
+        for at, planned in enumerate(self.sites):
+            layers.setdefault(planned.site.path, {})[planned.site.param] = at
+        return layers
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # immutable; every copy of a model would copy it otherwise
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values; the inverse of `from_dict`."""
+        return asdict(replace(self, config=HyperConfig())) | {"config": self.config.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """A plan from the output of `to_dict`, also after a round trip through JSON.
+
+        Raises:
+            ConfigError: The data does not describe a plan.
+        """
+        try:
+            sites = []
+            for entry in data["sites"]:
+                site = {k: _tuple(v) for k, v in entry["site"].items()}
+                grid = {k: _tuple(v) for k, v in entry["grid"].items()}
+                sites.append(PlannedSite(Site(**site), Grid(**grid), entry["hyper_params"]))
+            return cls(
+                **dict(data)
+                | {
+                    "config": HyperConfig.from_dict(data["config"]),
+                    "sites": tuple(sites),
+                    "skips": tuple(Skip(**skip) for skip in data["skips"]),
+                    "untargeted": tuple(Untargeted(**kind) for kind in data["untargeted"]),
+                    "heads": tuple(Head(**head) for head in data["heads"]),
+                    "notes": tuple(data["notes"]),
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"not the description of a plan: {error!r}.") from error
+
+    def __str__(self) -> str:
+        kernels = Counter(planned.grid.kernel for planned in self.sites)
+        nz, d = self.embedding_dim, self.hidden_dim
+        lines = [
+            f"{len(self.sites)} weights in {self.tiles:,} tiles, {self.order}",
+            f"trunk   {nz} -> {self.lead} x {d}   {self.lead * d * (nz + 1):,} parameters",
+            *(
+                f"head    {d} -> {h.trail} x {h.kernel}   {h.width * (d + 1):,} parameters, "
+                f"{kernels[h.kernel]} weights"
+                for h in self.heads
+            ),
+            f"tiles   {self.tiles:,} embeddings of {nz}   {self.embedding_params:,} parameters",
+            f"total   {self.dense_params:,} -> {self.hyper_params:,}, "
+            f"compression {self.compression:.2f}; whole model {self.total_params:,} -> "
+            f"{self.total_hyper_params:,}",
+        ]
+        reasons: Counter[str] = Counter()
+        for skip in self.skips:
+            reasons[skip.reason] += skip.params
+        lines += [f"skipped {params:,} weights: {why}" for why, params in reasons.items()]
+        lines += [
+            f"dense   {u.kind}: {u.layers} layers, {u.params:,} weights, not a target"
+            for u in self.untargeted
+        ]
+        return "\n".join([*lines, *(f"note    {note}" for note in self.notes)])
+
+
+def make_plan(model: nn.Module, config: HyperConfig | None = None, **overrides: Any) -> Plan:
+    """Plans the rewrite of a model, and raises every error that `hyperize` could.
+
+    Args:
+        model: A plain model on any device, meta too. Not changed; no weight is read.
+        config: The request; the default one if `None`.
+        **overrides: Fields of `HyperConfig` that replace the config's.
+
+    Returns:
+        The plan: largest embedding that meets the request, exact counts.
+
+    Raises:
+        ModelError: The model, or a selected layer, is of a kind that cannot be rewritten.
+        ConfigError: An option is invalid, or a target or pattern matches nothing.
+        BudgetError: The request cannot be met; the message gives the reachable range.
+    """
+    config = _config(config, overrides)
+    found = find_sites(model, config)
+    if not found.sites:
+        raise ConfigError(_nothing_found(found, config))
+    shapes = Counter(site.shape for site in found.sites)
+    choice = _search(shapes, found, config)
+    return _plan(found, config, choice)
+
+
+def kernel_name(shape: Sequence[int]) -> str:
+    """Name of a weight's kernel size: "3x3", or "1" for one element and for no kernel at all."""
+    kernel = shape[2:]
+    return "1" if math.prod(kernel) == 1 else "x".join(map(str, kernel))
+
+
+def make_grid(shape: Sequence[int], lead: int, head: Head, trunk_axis: int) -> Grid:
+    """Cuts a weight of the given shape into tiles of `lead` x `head.trail` channels."""
+    channels = [*shape[:2], 1][:2]  # a vector is a matrix of one column
+    rows, columns = channels[trunk_axis], channels[1 - trunk_axis]
+    if columns <= head.trail:
+        fold = min(rows, head.trail // columns)
+        rows, parts, width = -(-rows // fold), 1, fold * columns
+    else:
+        parts = -(-columns // head.trail)
+        width = -(-columns // parts)
+    turned = (channels[trunk_axis], channels[1 - trunk_axis], *shape[2:])
+    return Grid(turned, head.kernel, rows, parts, width, -(-rows // lead) * parts)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One geometry with sizes, and what it keeps of the sites."""
+
+    lead: int
+    heads: tuple[Head, ...]
+    hidden_dim: int
+    embedding_dim: int
+    dense: int
+    hyper: int
+    met: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.dense / self.hyper
+
+
+class _Budget:
+    """The request, applied to arrays of counts."""
+
+    def __init__(self, config: HyperConfig, total_params: int) -> None:
+        self.max_params = config.max_params
+        self.compression = None if config.max_params else config.compression
+        self.total_params = total_params
+
+    def met(self, dense: np.ndarray, hyper: np.ndarray) -> np.ndarray:
+        if self.max_params is not None:
+            return self.total_params - dense + hyper <= self.max_params
+        if self.compression is not None:
+            return dense / hyper >= self.compression
+        return dense > 0
+
+    def distance(self, choice: _Choice) -> float:
+        """Grows as a choice gets further from the request."""
+        return choice.hyper - choice.dense if self.max_params is not None else -choice.ratio
+
+
+def _search(shapes: Mapping[tuple[int, ...], int], found: Found, config: HyperConfig) -> _Choice:
+    """The first geometry, from the preferred one on, that meets the request with room to spare."""
+    budget = _Budget(config, found.total_params)
+    if config.max_params is not None and config.max_params >= found.total_params:
+        raise BudgetError(
+            f"max_params={config.max_params:,} is no less than the {found.total_params:,} "
+            "parameters that the dense model has, so nothing would have to be saved."
+        )
+    met: list[_Choice] = []
+    missed: list[_Choice] = []
+    for lead, heads in _geometries(shapes, config):
+        choice = _size(lead, heads, shapes, config, budget)
+        if choice is None:
+            continue
+        (met if choice.met else missed).append(choice)
+        if choice.met and (config.embedding_dim or choice.embedding_dim >= FEW):
+            return choice
+    if met:
+        return max(met, key=lambda choice: choice.embedding_dim)
+    if not missed:
+        raise BudgetError(
+            "every layer would grow: their weights are fewer than the embeddings and output layer "
+            f"that would replace them ({sum(s.dense_params for s in found.sites):,} weights in "
+            f"{len(found.sites)} layers). Choose a smaller embedding_dim, hidden_dim or tile, or "
+            "leave the model dense."
+        )
+    best = min(missed, key=budget.distance)
+    if config.embedding_dim is not None and config.max_params is None:
+        return best  # explicit sizes win over the default request; the plan carries a note
+    raise BudgetError(_unreachable(best, found, config))
+
+
+def _geometries(
+    shapes: Mapping[tuple[int, ...], int], config: HyperConfig
+) -> Iterator[tuple[int, tuple[Head, ...]]]:
+    """Tile geometries from the preferred one outwards.
+
+    For a linear generator the matrix of tiles should be near square, number of tiles ~ weights per
+    tile: then embeddings and generator, of (tiles + weights per tile) * Nz parameters in all, hold
+    the longest embedding for their size.
+    """
+    kernels = {kernel_name(shape): math.prod(shape[2:]) for shape in shapes}
+    if config.tile is not None:
+        tiles = config.tiles_by_kernel or dict.fromkeys(kernels, config.tile)
+        if absent := [kernel for kernel in kernels if kernel not in tiles]:
+            raise ConfigError(
+                f"tile names the kernel sizes {', '.join(tiles)}, but the model has "
+                f"{', '.join(absent)} too; add them, or give one pair for all."
+            )
+        axis = config.trunk_axis
+        pairs = {kernel: tiles[kernel] for kernel in kernels}
+        heads = tuple(Head(k, int(pairs[k][1 - axis]), n) for k, n in kernels.items())  # type: ignore[index, arg-type, call-overload]
+        yield int(next(iter(pairs.values()))[axis]), heads  # type: ignore[index, arg-type, call-overload]
+        return
+    weights = sum(math.prod(shape) * count for shape, count in shapes.items())
+    smallest, largest = TILE_WEIGHTS
+    square = min(max(math.isqrt(weights), smallest), largest)
+    candidates = [
+        (abs(math.log2(lead / LEAD)) + abs(exponent), lead, square * 2.0**exponent)
+        for lead in (1, 2, 4, 8, 16, 32, 64)
+        for exponent in range(-6, 9)
+    ]
+    seen = set()
+    for _, lead, tile_weights in sorted(candidates):
+        heads = tuple(
+            Head(k, _power_of_two(tile_weights / (lead * n)), n) for k, n in kernels.items()
+        )
+        if (lead, heads) not in seen:
+            seen.add((lead, heads))
+            yield lead, heads
+
+
+def _size(
+    lead: int,
+    heads: tuple[Head, ...],
+    shapes: Mapping[tuple[int, ...], int],
+    config: HyperConfig,
+    budget: _Budget,
+) -> _Choice | None:
+    """Hidden and embedding sizes for one geometry; None if no site would be left in any."""
+    table = _Table(lead, heads, shapes, config.trunk_axis)
+    widest = max(head.width for head in heads)
+    if config.hidden_dim is not None:
+        hidden = [config.hidden_dim]
+    else:
+        # The trunk balances the embeddings where lead * d ~ tiles; a larger d than the widest
+        # head's output would be redundant, one above MAX_HIDDEN slow.
+        top = _power_of_two(table.tiles / lead)
+        powers = [2**e for e in range(widest.bit_length() + 1)]
+        hidden = sorted(
+            powers, key=lambda d: (d > MAX_HIDDEN, abs(math.log2(d / min(top, MAX_HIDDEN))))
+        )
+    best: _Choice | None = None
+    for d in hidden:
+        choice = table.largest(d, config.embedding_dim, budget)
+        if choice is None:
+            continue
+        # An embedding longer than the lead * d numbers made of it is redundant: take a larger d.
+        if choice.met and (
+            config.embedding_dim or config.hidden_dim or choice.embedding_dim <= lead * d
+        ):
+            return choice
+        if best is None or (choice.met, -budget.distance(choice)) > (
+            best.met,
+            -budget.distance(best),
+        ):
+            best = choice
+    return best
+
+
+class _Table:
+    """Counts of one geometry as functions of the embedding size, over distinct shapes at once."""
+
+    def __init__(
+        self,
+        lead: int,
+        heads: tuple[Head, ...],
+        shapes: Mapping[tuple[int, ...], int],
+        trunk_axis: int,
+    ) -> None:
+        self.lead, self.heads = lead, heads
+        by_kernel = {head.kernel: head for head in heads}
+        grids = [
+            make_grid(shape, lead, by_kernel[kernel_name(shape)], trunk_axis) for shape in shapes
+        ]
+        index = {head.kernel: at for at, head in enumerate(heads)}
+        self.counts = np.array(list(shapes.values()), dtype=np.int64)
+        self.weights = np.array([math.prod(shape) for shape in shapes], dtype=np.int64)
+        self.grid_tiles = np.array([grid.tiles for grid in grids], dtype=np.int64)
+        # (heads, shapes): which head writes which shape
+        self.member = np.array([[index[g.kernel] == at for g in grids] for at in range(len(heads))])
+        self.tiles = int(self.grid_tiles @ self.counts)
+
+    def kept(self, hidden: int, nz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which shapes and which heads stay in, (shapes, len(nz)) and (heads, len(nz)).
+
+        A weight whose embeddings would be no smaller than itself stays dense; so does a whole
+        kernel size, if its head and embeddings would be no smaller than its weights.
+        """
+        fits = self.weights[:, None] > self.grid_tiles[:, None] * nz  # (shapes, nz)
+        saved = (self.weights[:, None] - self.grid_tiles[:, None] * nz) * self.counts[:, None]
+        cost = np.array([head.width * (hidden + 1) for head in self.heads])
+        heads = self.member @ np.where(fits, saved, 0) > cost[:, None]  # (heads, nz)
+        return fits & (self.member.T @ heads), heads
+
+    def largest(self, hidden: int, fixed: int | None, budget: _Budget) -> _Choice | None:
+        """The choice of the largest (or the fixed) embedding size that meets the request.
+
+        Where none meets it, the one nearest to the request; None where no shape is ever kept.
+        """
+        if fixed is not None:
+            nz = np.array([fixed], dtype=np.int64)
+        else:
+            longest = int((self.weights / self.grid_tiles).max())
+            if budget.compression is not None:
+                longest = int(longest / budget.compression) + 1
+            nz = np.arange(1, longest + 1, dtype=np.int64)
+        shapes, heads = self.kept(hidden, nz)
+        dense = (self.weights * self.counts) @ shapes
+        tiles = (self.grid_tiles * self.counts) @ shapes
+        outputs = np.array([head.width * (hidden + 1) for head in self.heads]) @ heads
+        hyper = tiles * nz + self.lead * hidden * (nz + 1) + outputs
+        valid = dense > 0
+        met = valid & budget.met(dense, hyper)
+        if fixed is None:
+            met &= hyper < dense
+        if not valid.any():
+            return None
+        if met.any():
+            at = int(np.flatnonzero(met)[-1])
+        elif budget.max_params is not None:
+            at = int(np.argmin(np.where(valid, hyper - dense, np.iinfo(np.int64).max)))
+        else:
+            at = int(np.argmax(np.where(valid, dense / hyper, -1.0)))
+        return _Choice(
+            lead=self.lead,
+            heads=self.heads,
+            hidden_dim=hidden,
+            embedding_dim=int(nz[at]),
+            dense=int(dense[at]),
+            hyper=int(hyper[at]),
+            met=bool(met[at]),
+        )
+
+
+def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
+    shapes = dict.fromkeys((site.shape for site in found.sites), 1)
+    counts = Counter(site.shape for site in found.sites)
+    table = _Table(choice.lead, choice.heads, {s: counts[s] for s in shapes}, config.trunk_axis)
+    nz = np.array([choice.embedding_dim], dtype=np.int64)
+    kept, heads_kept = table.kept(choice.hidden_dim, nz)
+    stays = dict(zip(shapes, kept[:, 0].tolist(), strict=True))
+    heads = {h.kernel: h for h, keep in zip(choice.heads, heads_kept[:, 0], strict=True) if keep}
+    all_heads = {head.kernel: head for head in choice.heads}
+    sites: list[PlannedSite] = []
+    skips: list[Skip] = list(found.skips)
+    for site in found.sites:
+        kernel = kernel_name(site.shape)
+        grid = make_grid(site.shape, choice.lead, all_heads[kernel], config.trunk_axis)
+        cost = grid.tiles * choice.embedding_dim
+        if stays[site.shape]:
+            sites.append(PlannedSite(site, grid, cost))
+        elif cost >= site.dense_params:
+            skips.append(
+                Skip(site.name, "would grow: its embeddings are no smaller", site.dense_params)
+            )
+        else:
+            reason = f"would grow: too few {kernel} weights for an output layer of their own"
+            skips.append(Skip(site.name, reason, site.dense_params))
+    host = sites[0].site.path if found.host else ""
+    notes = []
+    if not choice.met:
+        notes.append(
+            f"compression {config.compression:g} was not asked of these explicit sizes and is not "
+            f"reached: {choice.ratio:.2f}"
+        )
+    return Plan(
+        config=config,
+        sites=tuple(sites),
+        skips=tuple(skips),
+        untargeted=found.untargeted,
+        order=found.order,
+        host=host,
+        lead=choice.lead,
+        heads=tuple(heads.values()),
+        embedding_dim=choice.embedding_dim,
+        hidden_dim=choice.hidden_dim,
+        total_params=found.total_params,
+        notes=tuple(notes),
+    )
+
+
+def _config(config: HyperConfig | None, overrides: Mapping[str, Any]) -> HyperConfig:
+    if config is not None and not isinstance(config, HyperConfig):
+        raise ConfigError(f"config must be a HyperConfig or None, got {type(config).__name__}.")
+    return (config or HyperConfig()).replace(**overrides)
+
+
+def _nothing_found(found: Found, config: HyperConfig) -> str:
+    kinds = ", ".join(config.targets)
+    if found.skips:
+        reasons = Counter(skip.reason for skip in found.skips)
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+        return f"no {kinds} weight can be generated: all {len(found.skips)} are skipped ({why})."
+    if found.untargeted:
+        others = ", ".join(f"{u.layers} {u.kind}" for u in found.untargeted)
+        names = ", ".join(repr(u.kind) for u in found.untargeted)
+        return (
+            f"no targets: the model has no {kinds} layer. It has {others}; to rewrite those, pass "
+            f"targets=({names},)."
+        )
+    return f"no targets: the model has no {kinds} layer, nor one of another registered kind."
+
+
+def _unreachable(best: _Choice, found: Found, config: HyperConfig) -> str:
+    free = [n for n in ("tile", "hidden_dim", "embedding_dim") if getattr(config, n) is None]
+    fixed = [n for n in ("tile", "hidden_dim", "embedding_dim") if getattr(config, n) is not None]
+    advice = f"leave {' and '.join(fixed)} to the planner" if fixed else "ask for less"
+    at = (
+        f"embedding_dim={best.embedding_dim}, hidden_dim={best.hidden_dim} and tiles of "
+        f"{best.lead} channels"
+    )
+    if config.max_params is not None:
+        if found.untargeted:
+            kinds = ", ".join(repr(u.kind) for u in found.untargeted)
+            advice += f", or add targets ({kinds})"
+        least = found.total_params - best.dense + best.hyper
+        return (
+            f"max_params={config.max_params:,} cannot be met: this model can have {least:,} (at "
+            f"{at}) to {found.total_params - 1:,} parameters with the targets "
+            f"{', '.join(config.targets)}; {advice}."
+        )
+    return (
+        f"compression={config.compression:g} cannot be met: with {', '.join(free)} free, the "
+        f"reachable range for these {sum(s.dense_params for s in found.sites):,} weights is 1 to "
+        f"{best.ratio:,.2f} (at {at}); {advice}."
+    )
+
+
+def _power_of_two(value: float) -> int:
+    """The power of two nearest to a value, on the logarithmic scale; at least 1."""
+    return 1 if value <= 1 else 2 ** round(math.log2(value))
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,455 @@
+"""Finding what can be rewritten: every target in the tree is a Site, or a Skip with a reason, once.
+
+A torch.fx graph of the model decides the order; the tree of modules decides what there is. Tracing
+descends into everything but targets, modules that hold no target, and modules that timm marks as
+not to be traced; targets inside the latter follow in order of registration, and so do targets that
+the graph does not reach. A model that cannot be traced is taken in order of registration as a whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import itertools
+import math
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from timm.layers import get_notrace_functions, get_notrace_modules
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils.parametrize import is_parametrized
+
+from hyperize.config import ConfigError, HyperConfig, ModelError
+from hyperize.layers import EMBEDDING, Generated, registered_kinds, spec_of
+
+__all__: list[str] = []
+
+HYPERNET = "hypernet"
+"""Name under which the hypernetwork is registered, once; part of the file format."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter to generate.
+
+    Attributes:
+        path: Path of the layer in the model.
+        param: Name of the parameter in the layer.
+        kind: The layer's kind, e.g. "conv2d".
+        shape: Shape of the dense parameter.
+        aliases: The layer's other paths, if one instance is registered more than once.
+    """
+
+    path: str
+    param: str
+    kind: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the dense parameter in the model's state dict."""
+        return f"{self.path}.{self.param}" if self.path else self.param
+
+    @property
+    def dense_params(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A target that stays dense.
+
+    Attributes:
+        path: Path of the parameter, or of the layer where all its parameters are skipped.
+        reason: Why.
+        params: Number of weights that stay dense.
+    """
+
+    path: str
+    reason: str
+    params: int
+
+
+@dataclass(frozen=True)
+class Untargeted:
+    """Weights of a known kind of layer that is not among the targets.
+
+    Attributes:
+        kind: The kind of layer, as it would be named in `HyperConfig.targets`.
+        layers: Number of layers.
+        params: Number of weights that could be generated.
+    """
+
+    kind: str
+    layers: int
+    params: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find_sites` returns: sites in order, skips, other known layers, and how the order came.
+
+    Attributes:
+        sites: In the order of the forward pass as far as the graph shows it.
+        skips: Targets that stay dense.
+        untargeted: Layers of known kinds that are not targets.
+        order: How the sites were found and ordered, as a sentence.
+        host: Path of the module in which the hypernetwork will be registered, "" for the root.
+        total_params: Parameters of the whole dense model, shared ones counted once.
+    """
+
+    sites: tuple[Site, ...]
+    skips: tuple[Skip, ...]
+    untargeted: tuple[Untargeted, ...]
+    order: str
+    host: str
+    total_params: int
+
+
+def find_sites(model: nn.Module, config: HyperConfig) -> Found:
+    """Finds and orders the parameters to generate; changes nothing.
+
+    Args:
+        model: A plain model, on any device, meta too.
+        config: `targets`, `include` and `exclude` are used.
+
+    Raises:
+        ModelError: The model, or a selected layer, is of a kind that cannot be rewritten.
+        ConfigError: A target is not a registered kind, or a pattern matches nothing.
+    """
+    _check_model(model)
+    _check_targets(config)
+    paths: dict[nn.Module, list[str]] = {}  # every module with all its paths, in tree order
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
+    layers = {names[0]: module for module, names in paths.items() if spec_of(type(module))}
+    targets = {path: m for path, m in layers.items() if _kind(m) in config.targets}
+    _check_patterns(config, paths, targets.values())
+    included = {p: m for p, m in targets.items() if _matches(paths[m], config.include)}
+    selected = {p: m for p, m in included.items() if not _matches(paths[m], config.exclude)}
+    _check_layers(selected)
+
+    owners = _owners(model)
+    sites: list[Site] = []
+    skips: list[Skip] = []
+    ordered, order = _order(model, targets)
+    for path in ordered:
+        module = targets[path]
+        if path not in selected:
+            reason = "excluded" if path in included else "not included"
+            skips.append(Skip(path, reason, _weights(module)))
+            continue
+        for param in _params(module):
+            weight = getattr(module, param)
+            aliases = tuple(paths[module][1:])
+            site = Site(path, param, _kind(module), tuple(weight.shape), aliases)
+            if obstacle := _obstacle(module, param, owners):
+                skips.append(Skip(site.name, obstacle, weight.numel()))
+            else:
+                sites.append(site)
+    host = sites[0].path if sites and _runs_its_children(model) else ""
+    _check_host(model.get_submodule(host))
+    _check_devices(model, sites)
+    untargeted: dict[str, list[int]] = {}
+    for path, module in layers.items():
+        if path not in targets:
+            untargeted.setdefault(_kind(module), []).append(_weights(module))
+    return Found(
+        sites=tuple(sites),
+        skips=tuple(skips),
+        untargeted=tuple(Untargeted(k, len(n), sum(n)) for k, n in untargeted.items()),
+        order=order,
+        host=host,
+        total_params=sum(p.numel() for p in model.parameters()),
+    )
+
+
+_WRAPPERS = {  # class name -> what it is called, what to do
+    "OptimizedModule": ("torch.compile", "hyperize the model first, then compile it"),
+    "DistributedDataParallel": ("DistributedDataParallel", "hyperize .module, then wrap it"),
+    "DataParallel": ("DataParallel", "hyperize .module, then wrap it"),
+    "FullyShardedDataParallel": ("FSDP", "hyperize the model first, then shard it"),
+    "FSDPModule": ("fully_shard (FSDP2)", "hyperize the model first, then shard it"),
+    "ScriptModule": ("TorchScript", "hyperize the model before scripting it"),
+}
+
+
+def wrapper_of(module: nn.Module) -> tuple[str, str] | None:
+    """The wrapper that a module is, and what to do about it; None for a plain module.
+
+    Told by class name, so that nothing of torch.distributed is imported. Wrappers without
+    parameters, such as scripted activations, are plain.
+    """
+    names = {base.__name__ for base in type(module).__mro__}
+    found = next((wrapper for name, wrapper in _WRAPPERS.items() if name in names), None)
+    return found if found and next(module.parameters(), None) is not None else None
+
+
+def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A deep copy of the modules and their Python state, with every tensor replaced by `tensor(t)`.
+
+    Args:
+        model: Any module; not changed.
+        tensor: Called once per parameter and buffer; the identity shares the tensors.
+    """
+    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    memo: dict[int, Any] = {id(t): tensor(t) for t in tensors}
+    return copy.deepcopy(model, memo)
+
+
+class SiteTracer(fx.Tracer):
+    """A torch.fx tracer whose leaves are targets, no-trace modules and modules without targets.
+
+    Args:
+        root: The model that will be traced.
+        targets: Modules to keep whole.
+    """
+
+    def __init__(self, root: nn.Module, targets: Iterable[nn.Module]) -> None:
+        functions = tuple(f for f in get_notrace_functions() if callable(f))
+        super().__init__(autowrap_functions=functions)
+        self._targets = {id(module) for module in targets}
+        self._opaque = tuple(get_notrace_modules())
+        self._holders: set[int] = set()  # ids of modules with a target somewhere below them
+        for path, module in root.named_modules(remove_duplicate=False):
+            if id(module) in self._targets:
+                self._holders.update(id(parent) for parent in _ancestors(root, path))
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return id(m) in self._targets or id(m) not in self._holders or self.is_opaque(m)
+
+    def is_opaque(self, module: nn.Module) -> bool:
+        """Whether timm marks the module as one that must not be traced."""
+        return type(module) in self._opaque
+
+    def trace_defaults(self, root: nn.Module) -> fx.Graph:
+        """Traces with every argument that has a default held at it."""
+        signature = inspect.signature(type(root).forward)
+        defaults = {
+            name: parameter.default
+            for name, parameter in signature.parameters.items()
+            if isinstance(parameter.default, (bool, int, float, str, type(None)))
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return self.trace(root, concrete_args=defaults or None)
+
+
+def _order(model: nn.Module, targets: dict[str, nn.Module]) -> tuple[list[str], str]:
+    """The targets' paths, in the order of the graph where there is one, and how it came."""
+    registered = list(targets)
+    if registered in ([], [""]):
+        return registered, "the model is itself a target" if registered else "no targets"
+    python_state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            reached = list(_trace_order(model, targets))
+    except Exception as error:  # any model code can run here, and raise anything
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        return registered, f"order of registration; torch.fx could not trace the model ({why})"
+    finally:
+        random.setstate(python_state)
+    ordered = list(dict.fromkeys(reached))
+    known = set(ordered)
+    rest = [path for path in registered if path not in known]
+    order = "order of the torch.fx graph"
+    if rest:
+        order += f"; {len(rest)} of {len(registered)} layers are not in it and follow as registered"
+    return ordered + rest, order
+
+
+def _trace_order(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[str]:
+    """Yields the targets' paths as the graph calls them, repeats included."""
+    # A copy on the meta device: forward may set attributes, update buffers or draw random numbers,
+    # and none of that may reach the user's model.
+    twin = structural_copy(model, _to_meta).eval()
+    modules = dict(twin.named_modules(remove_duplicate=False))
+    path_of = {id(modules[path]): path for path in targets}
+    tracer = SiteTracer(twin, (modules[path] for path in targets))
+    for node in tracer.trace_defaults(twin).nodes:
+        if node.op == "call_module":
+            for module in modules[node.target].modules():
+                if id(module) in path_of:
+                    yield path_of[id(module)]
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    meta = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(meta, requires_grad=tensor.requires_grad)
+    return meta
+
+
+def _ancestors(root: nn.Module, path: str) -> Iterator[nn.Module]:
+    module = root
+    for name in path.split(".") if path else ():
+        yield module
+        module = module._modules[name]  # type: ignore[assignment]
+
+
+def _kind(module: nn.Module) -> str:
+    spec = spec_of(type(module))
+    assert spec is not None
+    return spec.kind
+
+
+def _params(module: nn.Module) -> tuple[str, ...]:
+    spec = spec_of(type(module))
+    assert spec is not None
+    return spec.params_of(module)
+
+
+def _weights(module: nn.Module) -> int:
+    found = (module._parameters.get(name) for name in _params(module))
+    return sum(p.numel() for p in found if p is not None)
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names under which each parameter is registered, once per owning module."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                owners.setdefault(id(param), []).append(f"{path}.{name}" if path else name)
+    return owners
+
+
+def _obstacle(module: nn.Module, param: str, owners: dict[int, list[str]]) -> str | None:
+    """Why a selected parameter has to stay dense, or None."""
+    weight = module._parameters[param]
+    assert weight is not None
+    names = owners[id(weight)]
+    if len(names) > 1:
+        return f"tied: one tensor under {', '.join(names)}"
+    if not weight.requires_grad:
+        return "frozen (requires_grad=False); a generated weight would change with the generator"
+    if not weight.is_floating_point():
+        return f"dtype {weight.dtype} is not floating point"
+    if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+        return f"a tensor subclass ({type(weight.data).__name__}), whose format would be lost"
+    if weight.numel() == 0:
+        return "empty"
+    if hasattr(module, param + EMBEDDING):
+        return f"the layer has an attribute {param + EMBEDDING} already"
+    return None
+
+
+def _matches(paths: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether a pattern matches one of a layer's paths, or a module that the layer is part of."""
+    prefixes = set(paths)
+    for path in paths:
+        prefixes.update(path[:at] for at, char in enumerate(path) if char == ".")
+    return any(fnmatchcase(prefix, pattern) for pattern in patterns for prefix in prefixes)
+
+
+def _runs_its_children(model: nn.Module) -> bool:
+    """Whether the root calls whatever children it has, so that a hypernetwork among them would run.
+
+    True for torch's containers and for classes whose forward goes over `children()` or the like.
+    """
+    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return True
+    own = itertools.takewhile(lambda cls: cls is not nn.Module, type(model).__mro__)
+    iterators = {"children", "named_children", "modules", "named_modules", "_modules"}
+    return any(
+        name.startswith("forward") and iterators & set(function.__code__.co_names)
+        for cls in own
+        for name, function in vars(cls).items()
+        if inspect.isfunction(function)
+    )
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model must be a torch.nn.Module, got {type(model).__name__}.")
+    for path, module in model.named_modules():
+        where = f"its part {path!r}" if path else "the model"
+        if isinstance(module, Generated):
+            raise ModelError(
+                f"{where} is hyperized already; convert it with to_dense() first, or hyperize "
+                "the whole model in one call."
+            )
+        if wrapper := wrapper_of(module):
+            raise ModelError(f"{where} is wrapped by {wrapper[0]}; {wrapper[1]}.")
+        tensors = [*module._parameters.values(), *module._buffers.values()]
+        if any(isinstance(t, UninitializedTensorMixin) for t in tensors):
+            raise ModelError(
+                f"{where} is an uninitialised lazy module ({type(module).__name__}), its shapes "
+                "are unknown; run a forward pass on a sample input first."
+            )
+        if any(type(t).__name__ == "DTensor" for t in tensors):
+            raise ModelError(f"{where} holds DTensors; hyperize the model before sharding it.")
+
+
+def _check_host(host: nn.Module) -> None:
+    if hasattr(host, HYPERNET):
+        raise ModelError(
+            f"{type(host).__name__} has an attribute {HYPERNET!r} already, the name under which "
+            "the generator is registered; rename the attribute."
+        )
+
+
+def _check_devices(model: nn.Module, sites: Iterable[Site]) -> None:
+    devices = dict.fromkeys(str(model.get_parameter(site.name).device) for site in sites)
+    if len(devices) > 1:
+        raise ModelError(
+            f"the selected layers lie on several devices ({', '.join(devices)}), but they share "
+            "one generator, which lies on one; select the layers of one device with include, or "
+            "hyperize the model before splitting it."
+        )
+
+
+def _check_layers(selected: dict[str, nn.Module]) -> None:
+    """Refuses layers whose parameters are computed by something else already."""
+    for path, module in selected.items():
+        for param in _params(module):
+            old_style = param not in module._parameters and hasattr(module, param)
+            if is_parametrized(module, param) or old_style:
+                raise ModelError(
+                    f"{param} of {path or 'the model'!r} is parametrized (weight_norm, "
+                    "spectral_norm, pruning or the like), so it is not a plain parameter; remove "
+                    f'the parametrization, or exclude the layer with exclude=("{path}",).'
+                )
+            if module._parameters.get(param) is None:
+                raise ModelError(
+                    f"{type(module).__name__} at {path or 'the root'!r} has no parameter "
+                    f"{param!r}, which its LayerSpec names; correct the LayerSpec's params."
+                )
+
+
+def _check_targets(config: HyperConfig) -> None:
+    kinds = registered_kinds()
+    for kind in config.targets:
+        if kind not in kinds:
+            near = difflib.get_close_matches(kind, kinds)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"unknown target {kind!r}; {hint}The registered kinds are {', '.join(kinds)}."
+            )
+
+
+def _check_patterns(
+    config: HyperConfig, paths: dict[nn.Module, list[str]], targets: Iterable[nn.Module]
+) -> None:
+    """Each include pattern has to match a target, each exclude pattern a module."""
+    for option, candidates in (("include", list(targets)), ("exclude", list(paths))):
+        names = [name for module in candidates for name in paths[module]]
+        for pattern in getattr(config, option):
+            if pattern == "*" or any(_matches(paths[m], [pattern]) for m in candidates):
+                continue
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+            hint = f"; near misses: {', '.join(near)}" if near else ""
+            what = f"layer of kind {', '.join(config.targets)}" if option == "include" else "module"
+            raise ConfigError(
+                f"{option} pattern {pattern!r} matches no {what}{hint}. Patterns are globs over "
+                'module paths, as "layer1", "layer1.*" or "*.conv1".'
+            )
