@@ -1,8 +1,38 @@
 """hyperize: turn a PyTorch model into a hypernetwork version of itself (arXiv 1609.09106)."""
 
-from hyperize.config import BudgetError, ConfigError, HyperConfig, HyperizeError, ModelError
+from hyperize.config import (
+    BudgetError,
+    ConfigError,
+    FileError,
+    HyperConfig,
+    HyperizeError,
+    ModelError,
+)
+from hyperize.export import as_graph, load, save
 from hyperize.layers import LayerSpec, register_layer
 from hyperize.planning import Plan, make_plan
+from hyperize.reporting import Report, report
 from hyperize.rewrite import dense_state_dict, hyperize, to_dense
+
+__all__ = [
+    "hyperize",
+    "HyperConfig",
+    "make_plan",
+    "Plan",
+    "report",
+    "Report",
+    "to_dense",
+    "dense_state_dict",
+    "as_graph",
+    "save",
+    "load",
+    "register_layer",
+    "LayerSpec",
+    "HyperizeError",
+    "ConfigError",
+    "BudgetError",
+    "ModelError",
+    "FileError",
+]
 
 __version__ = "0.1.0"

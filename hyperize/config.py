@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-__all__ = ["BudgetError", "ConfigError", "HyperConfig", "HyperizeError", "ModelError"]
+__all__ = ["BudgetError", "ConfigError", "FileError", "HyperConfig", "HyperizeError", "ModelError"]
 
 Tile = tuple[int, int]
 """Channels of one tile along axis 0 and axis 1 of the weight; (out, in) for Conv2d and LSTM."""
@@ -28,6 +28,10 @@ class BudgetError(HyperizeError):
 
 class ModelError(HyperizeError, TypeError):
     """The model (or one of its layers) is of a kind that cannot be rewritten or converted."""
+
+
+class FileError(HyperizeError):
+    """A file is not a readable hyperize checkpoint, or not one for the given model."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,11 @@ class HyperConfig:
             raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(known)}.")
         return replace(self, **overrides)
 
+    def tile_of(self, kernel: str) -> Tile | None:
+        """The tile given for a kernel size as in "3x3", or None if there is none."""
+        by_kernel = self.tiles_by_kernel
+        return by_kernel.get(kernel) if by_kernel else self.tile  # type: ignore[return-value]
+
     @property
     def tiles_by_kernel(self) -> dict[str, Tile]:
         """The tile of each kernel size, empty unless `tile` was given per kernel size."""
@@ -205,7 +214,7 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
 
 
 def _tile(value: Any) -> Tile | tuple[tuple[str, Tile], ...] | None:
-    """The canonical form of `HyperConfig.tile`: None, a pair, or a sorted tuple of (kernel, pair)."""
+    """`HyperConfig.tile` in canonical form: None, a pair, or a sorted tuple of (kernel, pair)."""
     if value is None:
         return None
     rule = (
@@ -226,4 +235,4 @@ def _tile(value: Any) -> Tile | tuple[tuple[str, Tile], ...] | None:
         pairs.append((kernel, canonical))
     if not pairs:
         raise ConfigError(rule)
-    return tuple(sorted(pairs))  # type: ignore[arg-type]
+    return tuple(sorted(pairs))

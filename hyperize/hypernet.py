@@ -3,8 +3,8 @@
 The two-layer linear hypernetwork of "HyperNetworks" (Ha, Dai, Le, arXiv 1609.09106, sec. 3.1 and
 eq. 4), with one trunk for all sites and one output layer per kernel size. It scales and shifts each
 site's weights by two constants, so that they start with the mean and the standard deviation of the
-weights they replace, as the main network's initialisation wants it (the aim of "hyperfan-in", Chang,
-Flokas, Lipson 2020, arXiv 2312.08399):
+weights they replace, as the main network's initialisation wants it (the aim of "hyperfan-in":
+Chang, Flokas, Lipson 2020, arXiv 2312.08399):
 
     W = scale * (W_out (W_i z + B_i) + B_out) + offset
 """
@@ -12,6 +12,7 @@ Flokas, Lipson 2020, arXiv 2312.08399):
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class HyperNet(nn.Module):
 
     - `trunk.weight` (lead * d, Nz), `trunk.bias` (lead * d)
     - `heads.<kernel>.weight` (trail * k, d), `heads.<kernel>.bias` (trail * k)
-    - `scale`, `offset` (sites,): buffers, constants of each site; not parameters of the paper's form
+    - `scale`, `offset` (sites,): buffers, constants of each site
 
     Args:
         plan: The sites' tiles and all sizes.
@@ -99,8 +100,7 @@ class HyperNet(nn.Module):
 
     def _generate(self, embedding: Tensor, site: int) -> Tensor:
         grid = self.plan.sites[site].grid
-        # A dense parameter keeps its dtype under autocast, and so does a generated one.
-        with torch.autocast(embedding.device.type, enabled=False):
+        with _no_autocast(embedding.device.type):
             weight = self._rows(embedding.to(self.trunk.weight.dtype), grid, site)
             # (rows, columns) -> shape; what folding or tiling padded is cut off
             if grid.parts > 1:
@@ -116,18 +116,26 @@ class HyperNet(nn.Module):
         """The scaled and shifted weight, (rows * parts, width * k), in its memory order."""
         scale, offset = self.scale[site], self.offset[site]
         head = self.heads[grid.kernel]
+        assert isinstance(head, nn.Linear)
         used = grid.width * math.prod(grid.shape[2:])
         # The scale enters where the numbers are few: (tiles, Nz) @ (Nz, lead * d)
         a = F.linear(embedding * scale, self.trunk.weight, self.trunk.bias * scale)
         # Rearranging a, which is small, lets the last product write the weight in memory order:
-        # (row tiles, parts, lead, d) -> (row tiles * lead, parts, d), and spare rows are not computed
+        # (row tiles, parts, lead, d) -> (row tiles * lead, parts, d), less the spare rows
         a = a.view(-1, grid.parts, self.lead, self.hidden_dim).transpose(1, 2)
         a = a.reshape(-1, grid.parts, self.hidden_dim)[: grid.rows]
         a = a.reshape(-1, self.hidden_dim)  # (rows * parts, d)
         return F.linear(a, head.weight[:used], head.bias[:used] * scale + offset)
 
-    def extra_repr(self) -> str:
+    def extra_repr(self) -> str:  # noqa: D102
         return (
             f"{len(self.plan.sites)} sites, embedding_dim={self.embedding_dim}, "
             f"hidden_dim={self.hidden_dim}, lead={self.lead}"
         )
+
+
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A dense parameter keeps its dtype under autocast, and so does a generated one."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()  # the meta device has no autocast

@@ -16,7 +16,6 @@ second time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -47,6 +46,13 @@ class Generated(nn.Module):
         """The current value of one generated parameter, attached to the autograd graph."""
         return self._hypernet(getattr(self, name + EMBEDDING), self._site_index[name])
 
+    def dense_forward(self, weights: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The dense class's forward with given weights; state that it sets on itself is dropped."""
+        shell = object.__new__(self.dense_class)
+        shell.__dict__.update(self.__dict__)
+        shell.__dict__.update(weights)
+        return shell.forward(*args, **kwargs)
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name in self.generated:
             raise _assignment_error(name)
@@ -71,6 +77,13 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
     @property
     def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]
         return [getattr(self, name) for name in self._flat_weights_names]
+
+    def dense_forward(self, weights: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in the base class, with the list that the dense forward reads."""
+        flat = [weights[n] if n in weights else getattr(self, n) for n in self._flat_weights_names]
+        refs = [None] * len(flat)  # "has not changed since the last call"
+        state = {**weights, "_flat_weights": flat, "_flat_weight_refs": refs}
+        return super().dense_forward(state, *args, **kwargs)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # The dense check reads only the dtype of the first weight; generating all of them for
@@ -126,6 +139,7 @@ class LayerSpec:
 
 
 _SPECS: dict[type[nn.Module], LayerSpec] = {}
+_TWINS: dict[tuple[type[nn.Module], tuple[str, ...]], type[Generated]] = {}
 
 
 def register_layer(spec: LayerSpec) -> LayerSpec:
@@ -220,9 +234,10 @@ def _replace(params: dict[str, Any], changes: dict[str, tuple[str, nn.Parameter]
     params.update(items)
 
 
-@functools.cache
 def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Generated]:
     """The generated twin of a dense class; one per class and set of parameter names."""
+    if twin := _TWINS.get((dense, names)):
+        return twin
     spec = spec_of(dense)
     if spec is None:
         raise ModelError(
@@ -236,7 +251,10 @@ def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Gene
         "__doc__": f"{dense.__name__} with generated {', '.join(names)}.",
         "__module__": __name__,
     }
-    return type(f"Generated{dense.__name__}", (spec.mixin, dense), members)
+    # setdefault: threads that make the same twin at once all get the first
+    return _TWINS.setdefault(
+        (dense, names), type(f"Generated{dense.__name__}", (spec.mixin, dense), members)
+    )
 
 
 def _new_generated(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:

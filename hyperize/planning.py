@@ -114,6 +114,8 @@ class Plan:
         embedding_dim: Nz.
         hidden_dim: d.
         total_params: Parameters of the whole dense model.
+        total_bytes: Bytes of its parameters and buffers.
+        model: Name of the model's class.
         notes: Remarks for the user, e.g. a default request that explicit sizes do not meet.
     """
 
@@ -128,6 +130,8 @@ class Plan:
     embedding_dim: int
     hidden_dim: int
     total_params: int
+    total_bytes: int
+    model: str = ""
     notes: tuple[str, ...] = ()
 
     @property
@@ -274,7 +278,7 @@ def make_plan(model: nn.Module, config: HyperConfig | None = None, **overrides: 
         raise ConfigError(_nothing_found(found, config))
     shapes = Counter(site.shape for site in found.sites)
     choice = _search(shapes, found, config)
-    return _plan(found, config, choice)
+    return replace(_plan(found, config, choice), model=type(model).__name__)
 
 
 def kernel_name(shape: Sequence[int]) -> str:
@@ -377,16 +381,18 @@ def _geometries(
     """
     kernels = {kernel_name(shape): math.prod(shape[2:]) for shape in shapes}
     if config.tile is not None:
-        tiles = config.tiles_by_kernel or dict.fromkeys(kernels, config.tile)
-        if absent := [kernel for kernel in kernels if kernel not in tiles]:
-            raise ConfigError(
-                f"tile names the kernel sizes {', '.join(tiles)}, but the model has "
-                f"{', '.join(absent)} too; add them, or give one pair for all."
-            )
         axis = config.trunk_axis
-        pairs = {kernel: tiles[kernel] for kernel in kernels}
-        heads = tuple(Head(k, int(pairs[k][1 - axis]), n) for k, n in kernels.items())  # type: ignore[index, arg-type, call-overload]
-        yield int(next(iter(pairs.values()))[axis]), heads  # type: ignore[index, arg-type, call-overload]
+        lead, given = 0, []
+        for kernel, elements in kernels.items():
+            tile = config.tile_of(kernel)
+            if tile is None:
+                raise ConfigError(
+                    f"tile names the kernel sizes {', '.join(config.tiles_by_kernel)}, but the "
+                    f"model has {kernel} too; add it, or give one pair for all."
+                )
+            lead = tile[axis]  # the same for all, which HyperConfig sees to
+            given.append(Head(kernel, tile[1 - axis], elements))
+        yield lead, tuple(given)
         return
     weights = sum(math.prod(shape) * count for shape, count in shapes.items())
     smallest, largest = TILE_WEIGHTS
@@ -562,6 +568,7 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
         embedding_dim=choice.embedding_dim,
         hidden_dim=choice.hidden_dim,
         total_params=found.total_params,
+        total_bytes=found.total_bytes,
         notes=tuple(notes),
     )
 

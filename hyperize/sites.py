@@ -3,7 +3,7 @@
 A torch.fx graph of the model decides the order; the tree of modules decides what there is. Tracing
 descends into everything but targets, modules that hold no target, and modules that timm marks as
 not to be traced; targets inside the latter follow in order of registration, and so do targets that
-the graph does not reach. A model that cannot be traced is taken in order of registration as a whole.
+the graph does not reach. A model that cannot be traced is taken in order of registration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from hyperize.config import ConfigError, HyperConfig, ModelError
@@ -44,6 +44,7 @@ class Site:
         param: Name of the parameter in the layer.
         kind: The layer's kind, e.g. "conv2d".
         shape: Shape of the dense parameter.
+        itemsize: Bytes of one weight.
         aliases: The layer's other paths, if one instance is registered more than once.
     """
 
@@ -51,6 +52,7 @@ class Site:
     param: str
     kind: str
     shape: tuple[int, ...]
+    itemsize: int = 4
     aliases: tuple[str, ...] = ()
 
     @property
@@ -105,6 +107,7 @@ class Found:
         order: How the sites were found and ordered, as a sentence.
         host: Path of the module in which the hypernetwork will be registered, "" for the root.
         total_params: Parameters of the whole dense model, shared ones counted once.
+        total_bytes: Bytes of its parameters and buffers, likewise.
     """
 
     sites: tuple[Site, ...]
@@ -113,6 +116,7 @@ class Found:
     order: str
     host: str
     total_params: int
+    total_bytes: int
 
 
 def find_sites(model: nn.Module, config: HyperConfig) -> Found:
@@ -151,7 +155,8 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
         for param in _params(module):
             weight = getattr(module, param)
             aliases = tuple(paths[module][1:])
-            site = Site(path, param, _kind(module), tuple(weight.shape), aliases)
+            shape = tuple(weight.shape)
+            site = Site(path, param, _kind(module), shape, weight.element_size(), aliases)
             if obstacle := _obstacle(module, param, owners):
                 skips.append(Skip(site.name, obstacle, weight.numel()))
             else:
@@ -170,7 +175,14 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
         order=order,
         host=host,
         total_params=sum(p.numel() for p in model.parameters()),
+        total_bytes=tensor_bytes(model),
     )
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones counted once."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 _WRAPPERS = {  # class name -> what it is called, what to do
@@ -381,7 +393,7 @@ def _check_model(model: nn.Module) -> None:
         if wrapper := wrapper_of(module):
             raise ModelError(f"{where} is wrapped by {wrapper[0]}; {wrapper[1]}.")
         tensors = [*module._parameters.values(), *module._buffers.values()]
-        if any(isinstance(t, UninitializedTensorMixin) for t in tensors):
+        if any(is_lazy(t) for t in tensors):
             raise ModelError(
                 f"{where} is an uninitialised lazy module ({type(module).__name__}), its shapes "
                 "are unknown; run a forward pass on a sample input first."

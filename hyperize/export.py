@@ -1,0 +1,205 @@
+"""What leaves the process: the rewritten graph, and checkpoint files of hyperized models."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+
+from hyperize.config import ConfigError, FileError, ModelError
+from hyperize.layers import EMBEDDING, Generated
+from hyperize.planning import Plan
+from hyperize.rewrite import apply_plan, find_hypernet, generated_layers
+from hyperize.sites import HYPERNET, SiteTracer, structural_copy
+
+__all__ = ["as_graph", "load", "save"]
+
+FORMAT = 1
+"""Version of the checkpoint file: its state-dict keys and the plan in its header."""
+_HEADER = "hyperize"
+
+
+def as_graph(hyper: nn.Module, *, hoist: bool = False) -> fx.GraphModule:
+    """The rewritten graph: the hypernetwork's calls are nodes, whose results feed the layers.
+
+    A derived view for reading and for compilers. It shares all tensors with `hyper`, has its
+    state-dict keys and outputs, and has the training mode that `hyper` has now, where the model's
+    own Python code looks at it.
+
+    Args:
+        hyper: A hyperized model that torch.fx can trace; not changed.
+        hoist: One call of the hypernetwork at the graph's head generates all weights, each once;
+            otherwise each layer's weights are generated where it is called. Layers inside modules
+            that timm marks as not to be traced generate their own weights in either case;
+            `graph_module.meta["opaque_sites"]` names them.
+
+    Raises:
+        ModelError: The model is not hyperized, or cannot be traced.
+    """
+    host, _ = find_hypernet(hyper)
+    root = structural_copy(hyper, lambda tensor: tensor)
+    layers = generated_layers(root)
+    tracer = SiteTracer(root, layers.values())
+    try:
+        graph = tracer.trace_defaults(root)
+    except Exception as error:  # any model code can run here, and raise anything
+        raise ModelError(
+            f"torch.fx cannot trace {type(hyper).__name__} ({type(error).__name__}: {error}), so "
+            "it has no graph; the hyperized model itself works without one."
+        ) from error
+    modules = dict(root.named_modules(remove_duplicate=False))
+    calls = [
+        (node, module)
+        for node in graph.nodes
+        if node.op == "call_module" and isinstance(module := modules[node.target], Generated)
+    ]
+    hypernet = f"{host}.{HYPERNET}" if host else HYPERNET
+    insert = _insert_hoisted if hoist else _insert_at_calls
+    insert(graph, calls, hypernet)
+    reached = {id(module) for _, module in calls}
+    module = fx.GraphModule(root, graph, type(hyper).__name__)
+    for node, layer in calls:
+        module.set_submodule(node.target, _Fed(layer))
+    module.meta["opaque_sites"] = [path for path, m in layers.items() if id(m) not in reached]
+    graph.lint()
+    module.recompile()
+    return module
+
+
+class _Fed(nn.Module):
+    """A generated layer whose weights arrive as arguments; shares the layer's tensors and keys."""
+
+    def __init__(self, layer: Generated) -> None:
+        super().__init__()
+        self._parameters = layer._parameters
+        self._buffers = layer._buffers
+        self._modules = layer._modules
+        self.training = layer.training
+        self.__dict__["layer"] = layer
+
+    def forward(self, weights: tuple[Tensor, ...], *args: Any, **kwargs: Any) -> Any:
+        layer = self.__dict__["layer"]
+        layer.__dict__["training"] = self.training
+        return layer.dense_forward(
+            dict(zip(layer.generated, weights, strict=True)), *args, **kwargs
+        )
+
+
+def _insert_at_calls(
+    graph: fx.Graph, calls: list[tuple[fx.Node, Generated]], hypernet: str
+) -> None:
+    for node, layer in calls:
+        with graph.inserting_before(node):
+            weights = tuple(
+                graph.call_module(
+                    hypernet,
+                    (graph.get_attr(f"{node.target}.{name}{EMBEDDING}"), layer._site_index[name]),
+                )
+                for name in layer.generated
+            )
+        node.args = (weights, *node.args)
+
+
+def _insert_hoisted(graph: fx.Graph, calls: list[tuple[fx.Node, Generated]], hypernet: str) -> None:
+    slots: dict[int, int] = {}  # site -> its place in the one call's result
+    sources = []
+    for node, layer in calls:
+        for name in layer.generated:
+            site = layer._site_index[name]
+            if site not in slots:
+                slots[site] = len(slots)
+                sources.append(f"{node.target}.{name}{EMBEDDING}")
+    first = next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        embeddings = tuple(graph.get_attr(source) for source in sources)
+        generated = graph.call_module(hypernet, (embeddings, tuple(slots)))
+        weight = [
+            graph.call_function(operator.getitem, (generated, at)) for at in range(len(slots))
+        ]
+    for node, layer in calls:
+        feed = tuple(weight[slots[layer._site_index[name]]] for name in layer.generated)
+        node.args = (feed, *node.args)
+
+
+def save(hyper: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a hyperized model to one safetensors file, with its plan in the header.
+
+    The file holds the hyper parameters and the untouched rest. It is written beside the target and
+    moved there, so that an interruption leaves an older file as it was.
+
+    Args:
+        hyper: A hyperized model; not changed.
+        path: The file to write.
+
+    Raises:
+        ModelError: The model is not hyperized, or is wrapped or sharded.
+    """
+    plan = find_hypernet(hyper)[1].plan
+    header = json.dumps({"format": FORMAT, "plan": plan.to_dict()})
+    tensors = {name: t.detach().contiguous().clone() for name, t in hyper.state_dict().items()}
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata={_HEADER: header})
+        os.replace(part, target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Reads a file that `save` wrote.
+
+    Args:
+        model: The dense architecture, as it was before `hyperize`; not changed. It may be on meta,
+            then the result is on the CPU.
+        path: The file.
+
+    Returns:
+        A hyperized model with the file's tensors.
+
+    Raises:
+        FileError: The file is not one that `save` wrote, is damaged or of a newer version, or
+            belongs to another architecture.
+    """
+    plan = read_plan(path)
+    try:
+        hyper = apply_plan(model, plan)
+        state = load_file(path)
+        on_meta = any(p.is_meta for p in model.parameters())
+        hyper.load_state_dict(state, assign=on_meta)
+    except (ModelError, RuntimeError, safetensors.SafetensorError) as error:
+        raise FileError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+    return hyper
+
+
+def read_plan(path: str | os.PathLike[str]) -> Plan:
+    """The plan in the header of a file that `save` wrote.
+
+    Raises:
+        FileError: As in `load`.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        header = json.loads(metadata[_HEADER])
+        version = header["format"]
+        if version > FORMAT:
+            raise FileError(
+                f"{path} has format {version}, this version of hyperize reads up to {FORMAT}; "
+                "upgrade hyperize."
+            )
+        return Plan.from_dict(header["plan"])
+    except (OSError, safetensors.SafetensorError) as error:
+        raise FileError(f"{path} cannot be read: {error}") from error
+    except (KeyError, TypeError, json.JSONDecodeError, ConfigError) as error:
+        raise FileError(
+            f"{path} is a safetensors file, but not one that hyperize.save wrote; for a plain "
+            "state dict of a hyperized model, hyperize the model first and use load_state_dict."
+        ) from error

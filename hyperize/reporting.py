@@ -1,0 +1,271 @@
+"""The compression report: rows that add up to the totals, of a plan or of the model itself."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from hyperize.layers import EMBEDDING
+from hyperize.planning import Plan
+from hyperize.rewrite import find_hypernet
+from hyperize.sites import Skip, Untargeted, tensor_bytes
+
+__all__ = ["Report", "report"]
+
+WIDTH = 80
+"""Columns of the printed table."""
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One generated weight.
+
+    Attributes:
+        path: Path of the layer.
+        param: Name of the parameter.
+        kind: Kind of layer.
+        shape: Shape of the weight.
+        dense_params: Number of weights.
+        hyper_params: Parameters of its embeddings; the hypernetwork is shared and not in here.
+    """
+
+    path: str
+    param: str
+    kind: str
+    shape: tuple[int, ...]
+    dense_params: int
+    hyper_params: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a rewrite saves. `print(report)` is a table of 80 columns.
+
+    Attributes:
+        model: Name of the model's class.
+        sites: The generated weights, in order.
+        skipped: Targets that stay dense, with reasons.
+        untargeted: Layers of known kinds that are not among the targets.
+        hypernet_params: Parameters of the shared hypernetwork.
+        total_dense_params: Parameters of the whole dense model.
+        dense_bytes: Bytes of its parameters and buffers, as in an uncompressed file.
+        hyper_bytes: The same of the hyperized model.
+        generator_macs: Multiply-adds of generating every weight once, as each forward pass does.
+        order: How the sites were found.
+        notes: Remarks.
+    """
+
+    model: str
+    sites: tuple[SiteRow, ...]
+    skipped: tuple[Skip, ...]
+    untargeted: tuple[Untargeted, ...]
+    hypernet_params: int
+    total_dense_params: int
+    dense_bytes: int
+    hyper_bytes: int
+    generator_macs: int
+    order: str
+    notes: tuple[str, ...]
+
+    @property
+    def dense_params(self) -> int:
+        """Number of generated weights."""
+        return sum(row.dense_params for row in self.sites)
+
+    @property
+    def hyper_params(self) -> int:
+        """Parameters that they are generated from: hypernetwork and embeddings."""
+        return self.hypernet_params + sum(row.hyper_params for row in self.sites)
+
+    @property
+    def compression(self) -> float:
+        """`dense_params / hyper_params`, the ratio over the targets."""
+        return self.dense_params / self.hyper_params
+
+    @property
+    def total_hyper_params(self) -> int:
+        """Parameters of the whole hyperized model."""
+        return self.total_dense_params - self.dense_params + self.hyper_params
+
+    @property
+    def total_compression(self) -> float:
+        """The ratio over the whole model."""
+        return self.total_dense_params / self.total_hyper_params
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """What would save more."""
+        hints = []
+        for kind in self.untargeted:
+            share = kind.params / self.total_dense_params
+            if share > 0.2:  # below, the ratio over the whole model hardly changes
+                hints.append(
+                    f"{kind.kind} layers hold {share:.0%} of the dense model's parameters and are "
+                    f'not a target; add "{kind.kind}" to targets to generate them too'
+                )
+        return tuple(hints)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON-ready values."""
+        names = ("dense_params", "hyper_params", "compression")
+        totals = ("total_hyper_params", "total_compression", "hints")
+        return asdict(self) | {name: getattr(self, name) for name in names + totals}
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown: a table of totals, a table of sites, and the remarks."""
+        lines = [f"### {self.model}", "", "| | dense | hyper | ratio |", "|---|---:|---:|---:|"]
+        lines += [f"| {' | '.join(row)} |" for row in self._totals()]
+        lines += ["", "| weight | kind | shape | dense | hyper | ratio |"]
+        lines += ["|---|---|---|---:|---:|---:|"]
+        lines += [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in self._rows()]
+        lines += ["", *(f"- {remark}" for remark in self._remarks())]
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        sites = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        sites.add_column("weight", overflow="fold", ratio=1)
+        for name in ("kind", "shape"):
+            sites.add_column(name, no_wrap=True)
+        for name in ("dense", "hyper", "ratio"):
+            sites.add_column(name, justify="right", no_wrap=True)
+        for row in self._rows():
+            sites.add_row(*row)
+        totals = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        totals.add_column(self.model, no_wrap=True)
+        for name in ("dense", "hyper", "ratio"):
+            totals.add_column(name, justify="right", no_wrap=True)
+        for row in self._totals():
+            totals.add_row(*row)
+        file = io.StringIO()
+        console = Console(file=file, width=WIDTH, color_system=None, markup=False, highlight=False)
+        for part in (sites, "", totals, "", *self._remarks()):
+            console.print(part)
+        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [
+            (
+                f"{row.path}.{row.param}" if row.path else row.param,
+                row.kind,
+                "x".join(map(str, row.shape)),
+                f"{row.dense_params:,}",
+                f"{row.hyper_params:,}",
+                f"{row.dense_params / row.hyper_params:.1f}",
+            )
+            for row in self.sites
+        ]
+        return [*rows, ("hypernet (shared)", "", "", "", f"{self.hypernet_params:,}", "")]
+
+    def _totals(self) -> list[tuple[str, ...]]:
+        pairs = {
+            "targets, parameters": (self.dense_params, self.hyper_params),
+            "whole model, parameters": (self.total_dense_params, self.total_hyper_params),
+            "whole model, bytes on disk": (self.dense_bytes, self.hyper_bytes),
+        }
+        return [
+            (name, f"{dense:,}", f"{hyper:,}", f"{dense / hyper:.2f}")
+            for name, (dense, hyper) in pairs.items()
+        ]
+
+    def _remarks(self) -> list[str]:
+        remarks = [
+            f"{len(self.sites)} weights, {self.order}",
+            f"generator: {self.generator_macs:,} multiply-adds per forward pass",
+        ]
+        weights: Counter[str] = Counter()
+        names: dict[str, list[str]] = {}
+        for skip in self.skipped:
+            weights[skip.reason] += skip.params
+            names.setdefault(skip.reason, []).append(skip.path)
+        for reason, count in weights.items():
+            paths = names[reason]
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            remarks.append(f"skipped: {', '.join(paths[:3])}{more} ({count:,} weights): {reason}")
+        remarks += [
+            f"dense: {kind.layers} {kind.kind} ({kind.params:,} weights): not a target"
+            for kind in self.untargeted
+        ]
+        return remarks + [f"note: {n}" for n in self.notes] + [f"hint: {h}" for h in self.hints]
+
+
+def report(hyper_or_plan: nn.Module | Plan) -> Report:
+    """Reports what a rewrite saves.
+
+    Args:
+        hyper_or_plan: A hyperized model, whose own tensors are counted, or a plan.
+
+    Raises:
+        ModelError: The model is not hyperized, or is wrapped or sharded.
+    """
+    if isinstance(hyper_or_plan, Plan):
+        plan, model = hyper_or_plan, None
+    else:
+        model = hyper_or_plan
+        plan = find_hypernet(model)[1].plan
+    itemsizes = [planned.site.itemsize for planned in plan.sites]
+    hyper_params = [planned.hyper_params for planned in plan.sites]
+    hypernet_params = plan.hypernet_params
+    if model is None:
+        total_hyper_params = plan.total_hyper_params
+        # The hypernetwork has the widest of the sites' dtypes, and two constants per site.
+        shared = (hypernet_params + 2 * len(plan.sites)) * max(itemsizes)
+        dense_bytes = plan.total_bytes
+        change = sum(
+            (count - planned.site.dense_params) * size
+            for planned, count, size in zip(plan.sites, hyper_params, itemsizes, strict=True)
+        )
+        hyper_bytes = dense_bytes + change + shared
+    else:
+        embeddings = [model.get_parameter(p.site.name + EMBEDDING) for p in plan.sites]
+        hypernet = find_hypernet(model)[1]
+        hyper_params = [embedding.numel() for embedding in embeddings]
+        hypernet_params = sum(p.numel() for p in hypernet.parameters())
+        total_hyper_params = sum(p.numel() for p in model.parameters())
+        hyper_bytes = tensor_bytes(model)
+        dense_bytes = (
+            hyper_bytes
+            - tensor_bytes(hypernet)
+            + sum(
+                (planned.site.dense_params - z.numel()) * z.element_size()
+                for planned, z in zip(plan.sites, embeddings, strict=True)
+            )
+        )
+    rows = tuple(
+        SiteRow(
+            path=planned.site.path,
+            param=planned.site.param,
+            kind=planned.site.kind,
+            shape=planned.site.shape,
+            dense_params=planned.site.dense_params,
+            hyper_params=count,
+        )
+        for planned, count in zip(plan.sites, hyper_params, strict=True)
+    )
+    return Report(
+        model=plan.model,
+        sites=rows,
+        skipped=plan.skips,
+        untargeted=plan.untargeted,
+        hypernet_params=hypernet_params,
+        total_dense_params=total_hyper_params
+        - hypernet_params
+        - sum(hyper_params)
+        + plan.dense_params,
+        dense_bytes=dense_bytes,
+        hyper_bytes=hyper_bytes,
+        generator_macs=plan.generator_macs,
+        order=plan.order,
+        notes=plan.notes,
+    )
