@@ -52,9 +52,9 @@ class HyperConfig:
             largest that meets the request.
         hidden_dim: Length d of the hypernetwork's hidden layer; `None` lets the planner choose.
         tile: Channels of one tile along axis 0 and axis 1 of the weight (out, in for Conv2d), for
-            all kernel sizes or per kernel size as in `{"3x3": (16, 32), "1": (16, 256)}` (the
-            trunk is shared, so the entry at `trunk_axis` must agree); `None` lets the planner
-            choose.
+            all kernel sizes or per kernel size as in `{"3x3": (16, 32), "1": (16, 256)}`; layers
+            of other kernel sizes stay dense then. The trunk is shared, so the entries at
+            `trunk_axis` must agree. `None` lets the planner choose.
         trunk_axis: The axis of the weight along which the hypernetwork's first layer has its own
             slice per channel of a tile. The paper takes the input channels, 1 (arXiv 1609.09106,
             sec. 3.1); 0 is the same form transposed, writes a weight in its memory order and is

@@ -273,7 +273,7 @@ def make_plan(model: nn.Module, config: HyperConfig | None = None, **overrides: 
         BudgetError: The request cannot be met; the message gives the reachable range.
     """
     config = _config(config, overrides)
-    found = find_sites(model, config)
+    found = _tiled(find_sites(model, config), config)
     if not found.sites:
         raise ConfigError(_nothing_found(found, config))
     shapes = Counter(site.shape for site in found.sites)
@@ -385,11 +385,7 @@ def _geometries(
         lead, given = 0, []
         for kernel, elements in kernels.items():
             tile = config.tile_of(kernel)
-            if tile is None:
-                raise ConfigError(
-                    f"tile names the kernel sizes {', '.join(config.tiles_by_kernel)}, but the "
-                    f"model has {kernel} too; add it, or give one pair for all."
-                )
+            assert tile is not None  # _tiled has set the other sites aside
             lead = tile[axis]  # the same for all, which HyperConfig sees to
             given.append(Head(kernel, tile[1 - axis], elements))
         yield lead, tuple(given)
@@ -571,6 +567,35 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
         total_bytes=found.total_bytes,
         notes=tuple(notes),
     )
+
+
+def _tiled(found: Found, config: HyperConfig) -> Found:
+    """Sets aside the sites for whose kernel size `config.tile` names no tile.
+
+    Raises:
+        ConfigError: It names a kernel size that no site has.
+    """
+    named = config.tiles_by_kernel
+    if not named:
+        return found
+    sites: dict[str, list[Site]] = {}
+    for site in found.sites:
+        sites.setdefault(kernel_name(site.shape), []).append(site)
+    for kernel in named:
+        if found.sites and kernel not in sites:
+            raise ConfigError(
+                f"tile names the kernel size {kernel!r}, which no target has; their kernel sizes "
+                f"are {', '.join(sites)}."
+            )
+    reason = "tile names no tile for its kernel size, {}"
+    skips = [
+        Skip(site.name, reason.format(kernel), site.dense_params)
+        for kernel, group in sites.items()
+        if kernel not in named
+        for site in group
+    ]
+    kept = tuple(site for site in found.sites if kernel_name(site.shape) in named)
+    return replace(found, sites=kept, skips=(*found.skips, *skips))
 
 
 def _config(config: HyperConfig | None, overrides: Mapping[str, Any]) -> HyperConfig:
