@@ -181,7 +181,7 @@ class Report:
 
     def _remarks(self) -> list[str]:
         remarks = [
-            f"{len(self.sites)} weights, {self.order}",
+            f"generated: {len(self.sites)}, {self.order}",
             f"generator: {self.generator_macs:,} multiply-adds per forward pass",
         ]
         weights: Counter[str] = Counter()
