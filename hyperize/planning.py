@@ -326,6 +326,15 @@ class _Budget:
         self.compression = None if config.max_params else config.compression
         self.total_params = total_params
 
+    @property
+    def least_ratio(self) -> float:
+        """A ratio over the targets that every met request has."""
+        return self.compression or 1.0
+
+    def most_hyper(self, dense: int) -> int:
+        """A number of hyper parameters that no met request exceeds."""
+        return self.max_params or int(dense / self.least_ratio)
+
     def met(self, dense: np.ndarray, hyper: np.ndarray) -> np.ndarray:
         if self.max_params is not None:
             return self.total_params - dense + hyper <= self.max_params
@@ -489,9 +498,11 @@ class _Table:
         if fixed is not None:
             nz = np.array([fixed], dtype=np.int64)
         else:
-            longest = int((self.weights / self.grid_tiles).max())
-            if budget.compression is not None:
-                longest = int(longest / budget.compression) + 1
+            # No longer embedding can be met: all sites would stay dense, or the trunk alone would
+            # use up the budget.
+            fill = float((self.weights / self.grid_tiles).max())
+            trunk_limit = budget.most_hyper(int(self.weights @ self.counts)) // (self.lead * hidden)
+            longest = max(1, min(int(fill / budget.least_ratio) + 1, trunk_limit))
             nz = np.arange(1, longest + 1, dtype=np.int64)
         shapes, heads = self.kept(hidden, nz)
         dense = (self.weights * self.counts) @ shapes
@@ -605,7 +616,7 @@ def _config(config: HyperConfig | None, overrides: Mapping[str, Any]) -> HyperCo
 
 
 def _nothing_found(found: Found, config: HyperConfig) -> str:
-    kinds = ", ".join(config.targets)
+    kinds = " or ".join(config.targets)
     if found.skips:
         reasons = Counter(skip.reason for skip in found.skips)
         why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())

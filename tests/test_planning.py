@@ -1,0 +1,194 @@
+"""Plans: exact counts, met requests, the largest embedding, and the paper's published numbers."""
+
+import json
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from hyperize import BudgetError, ConfigError, HyperConfig, Plan, hyperize, make_plan
+from hyperize.planning import Head, make_grid
+
+MODELS = ["resnet18", "mobilenetv3_small_050", "mixnet_s", "inception_v3", "sequencer2d_s"]
+
+
+def meta(name):
+    with torch.device("meta"):
+        return timm.create_model(name)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def wide_resnet_kernels(width):
+    """The generated convolutions of the paper's WRN 40-k: three stages of six blocks of two."""
+    stages = []
+    channels = 16
+    for stage in (16 * width, 32 * width, 64 * width):
+        for _ in range(12):
+            stages.append(nn.Conv2d(channels, stage, 3, bias=False))
+            channels = stage
+    return nn.Sequential(*stages)
+
+
+def test_mnist_generator_of_the_paper():
+    net = nn.Sequential(nn.Conv2d(1, 16, 7), nn.Conv2d(16, 16, 7), nn.Flatten(), nn.Linear(784, 10))
+    options = {"embedding_dim": 4, "hidden_dim": 4, "exclude": ("0",)}
+    plan = make_plan(net, HyperConfig.paper(**options))
+    assert (plan.dense_params, plan.hypernet_params, plan.hyper_params) == (12_544, 4_240, 4_244)
+    assert (plan.total_params, plan.total_hyper_params) == (21_210, 12_910)
+    assert count(hyperize(net, HyperConfig.paper(**options))) == 12_910
+
+
+@pytest.mark.parametrize(
+    ("width", "dense", "tiles", "hyper"),
+    [(1, 557_568, 242, 91_408), (2, 2_225_664, 966, 137_744)],
+)
+def test_wide_resnets_of_the_paper(width, dense, tiles, hyper):
+    with torch.device("meta"):
+        net = wide_resnet_kernels(width)
+    plan = make_plan(net, HyperConfig.paper())
+    assert (plan.dense_params, plan.tiles) == (dense, tiles)
+    assert (plan.hypernet_params, plan.hyper_params) == (75_920, hyper)
+
+
+@pytest.mark.parametrize("trunk_axis", [0, 1])
+@pytest.mark.parametrize("ratio", [2, 10, 37.5, 100])
+@pytest.mark.parametrize("name", MODELS)
+def test_compression_is_met_by_the_largest_embedding(name, ratio, trunk_axis):
+    model = meta(name)
+    plan = make_plan(model, compression=ratio, trunk_axis=trunk_axis)
+    assert plan.compression >= ratio
+    explicit = {"tile": plan.tile, "hidden_dim": plan.hidden_dim, "trunk_axis": trunk_axis}
+    again = make_plan(model, embedding_dim=plan.embedding_dim, **explicit)
+    assert (again.hyper_params, again.dense_params) == (plan.hyper_params, plan.dense_params)
+    assert make_plan(model, embedding_dim=plan.embedding_dim + 1, **explicit).compression < ratio
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_max_params_is_a_total_for_the_model(name):
+    model = meta(name)
+    limit = int(0.7 * count(model))
+    plan = make_plan(model, max_params=limit)
+    assert count(hyperize(model, max_params=limit)) == plan.total_hyper_params <= limit
+    explicit = {"tile": plan.tile, "hidden_dim": plan.hidden_dim}
+    more = make_plan(model, embedding_dim=plan.embedding_dim + 1, **explicit)
+    assert more.total_hyper_params > limit
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_counts_are_those_of_the_built_model(name):
+    model = meta(name)
+    plan = make_plan(model)
+    hyper = hyperize(model)
+    assert count(hyper) == plan.total_hyper_params
+    assert count(hyper.hypernet) == plan.hypernet_params
+    assert plan.total_params == count(model)
+    assert all(p.hyper_params < p.site.dense_params for p in plan.sites)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_json_round_trip(name):
+    plan = make_plan(meta(name))
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    for data in ({}, {"sites": 3}, plan.to_dict() | {"extra": 1}):
+        with pytest.raises(ConfigError):
+            Plan.from_dict(data)
+
+
+def test_print_explains():
+    plan = make_plan(meta("resnet18"))
+    text = str(plan)
+    for figure in (plan.dense_params, plan.hyper_params, plan.tiles, plan.total_params):
+        assert f"{figure:,}" in text
+    for word in ("trunk", "3x3", "skipped", "linear", "torch.fx graph"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("shape", "head", "rows", "parts", "width", "tiles"),
+    [
+        ((64, 32, 3, 3), Head("3x3", 16, 9), 64, 2, 16, 8),  # the paper's 32x64 kernel
+        ((64, 3, 3, 3), Head("3x3", 16, 9), 13, 1, 15, 1),  # narrow: five rows in one
+        ((96, 1, 3, 3), Head("3x3", 16, 9), 6, 1, 16, 1),  # depthwise
+        ((40, 40, 1, 1), Head("1", 16, 1), 40, 3, 14, 9),  # parts of equal width, not 16 + 16 + 8
+        ((7,), Head("1", 16, 1), 1, 1, 7, 1),  # a vector
+    ],
+)
+def test_grids(shape, head, rows, parts, width, tiles):
+    grid = make_grid(shape, 16, head, 0)
+    assert (grid.rows, grid.parts, grid.width, grid.tiles) == (rows, parts, width, tiles)
+    assert grid.rows * grid.parts * grid.width * head.kernel_elements >= math.prod(shape)
+
+
+def test_the_generator_is_shared_by_all_kinds():
+    net = nn.ModuleDict({"conv": nn.Conv2d(64, 64, 3), "lstm": nn.LSTM(64, 64)})
+    plan = make_plan(net, compression=4)
+    assert {p.site.kind for p in plan.sites} == {"conv2d", "lstm"}
+    hyper = hyperize(net, compression=4)
+    assert hyper["conv"]._hypernet is hyper["lstm"]._hypernet
+
+
+def test_explicit_sizes_win_over_the_default_request_and_say_so():
+    net = nn.Sequential(nn.Conv2d(64, 64, 1))
+    plan = make_plan(net, tile=(16, 16), embedding_dim=64, hidden_dim=8)
+    assert plan.compression < 10
+    assert "not reached" in plan.notes[0]
+    assert not make_plan(net, HyperConfig.paper(hidden_dim=8)).notes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"compression": 1e9}, {"max_params": 500_000}, {"compression": 900, "hidden_dim": 64}],
+)
+def test_unreachable_requests_give_the_reachable_range(options):
+    with pytest.raises(BudgetError) as refusal:
+        make_plan(meta("resnet18"), **options)
+    message = str(refusal.value)
+    if "max_params" in options:
+        least = int(message.split("can have ")[1].split(" ")[0].replace(",", ""))
+        assert make_plan(meta("resnet18"), max_params=least).total_hyper_params <= least
+    else:
+        most = float(message.split("is 1 to ")[1].split(" ")[0].replace(",", ""))
+        reachable = options | {"compression": most * 0.999}  # the message rounds to two digits
+        assert make_plan(meta("resnet18"), **reachable).compression >= most * 0.999
+
+
+def test_layers_that_would_grow_stay_dense_with_the_reason():
+    plan = make_plan(meta("resnet18"))
+    skip = next(skip for skip in plan.skips if skip.path == "conv1.weight")
+    assert "would grow" in skip.reason
+    with pytest.raises(BudgetError, match="grow"):
+        make_plan(nn.Sequential(nn.Conv2d(1, 1, 1)))
+
+
+def test_patterns_match_subtrees_and_name_near_misses():
+    model = meta("resnet18")
+    inside = {p.site.path for p in make_plan(model, include=("layer1", "*.conv2")).sites}
+    assert "layer1.0.conv1" in inside
+    assert "layer3.0.conv2" in inside
+    assert "layer3.0.conv1" not in inside
+    outside = {p.site.path for p in make_plan(model, exclude="layer4").sites}
+    assert outside
+    assert not any(path.startswith("layer4") for path in outside)
+    for option in ("include", "exclude"):
+        with pytest.raises(ConfigError, match=r"layer1\.0\.conv1"):
+            make_plan(model, **{option: "layer1.0.conv"})
+    with pytest.raises(ConfigError, match="conv2d"):
+        make_plan(model, targets=("conv2",))
+
+
+def test_refusals_are_true():
+    linear = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(ConfigError, match=r"targets=\('linear',\)"):
+        make_plan(linear)
+    assert make_plan(linear, targets=("linear",), compression=2).sites
+    with pytest.raises(ConfigError, match="nor one of another registered kind"):
+        make_plan(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ConfigError, match="excluded"):
+        make_plan(nn.Sequential(nn.Conv2d(64, 64, 3)), exclude="*")
+    with pytest.raises(ConfigError, match="7x7"):
+        make_plan(nn.Sequential(nn.Conv2d(64, 64, 3)), tile={"7x7": (16, 16)})
