@@ -64,6 +64,8 @@ def as_graph(hyper: nn.Module, *, hoist: bool = False) -> fx.GraphModule:
     insert(graph, calls, hypernet)
     reached = {id(module) for _, module in calls}
     module = fx.GraphModule(root, graph, type(hyper).__name__)
+    # Opaque modules call the hypernetwork without the graph's knowledge, which may then lack it.
+    module.add_submodule(hypernet, root.get_submodule(hypernet))
     for node, layer in calls:
         module.set_submodule(node.target, _Fed(layer))
     module.meta["opaque_sites"] = [path for path, m in layers.items() if id(m) not in reached]
@@ -115,6 +117,8 @@ def _insert_hoisted(graph: fx.Graph, calls: list[tuple[fx.Node, Generated]], hyp
             if site not in slots:
                 slots[site] = len(slots)
                 sources.append(f"{node.target}.{name}{EMBEDDING}")
+    if not sources:  # every layer is inside an opaque module
+        return
     first = next(iter(graph.nodes))
     with graph.inserting_before(first):
         embeddings = tuple(graph.get_attr(source) for source in sources)
@@ -171,7 +175,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     plan = read_plan(path)
     try:
         hyper = apply_plan(model, plan)
-        state = load_file(path)
+        # Clones, as a mapped file's tensors are not aligned like allocated ones, for which matrix
+        # products may round otherwise.
+        state = {name: tensor.clone() for name, tensor in load_file(path).items()}
         on_meta = any(p.is_meta for p in model.parameters())
         hyper.load_state_dict(state, assign=on_meta)
     except (ModelError, RuntimeError, safetensors.SafetensorError) as error:

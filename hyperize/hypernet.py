@@ -105,7 +105,7 @@ class HyperNet(nn.Module):
             # (rows, columns) -> shape; what folding or tiling padded is cut off
             if grid.parts > 1:
                 columns = math.prod(grid.shape[1:])
-                weight = weight.view(grid.rows, -1)[:, :columns].reshape(grid.shape)
+                weight = weight.view(grid.rows, -1)[:, :columns].contiguous().view(grid.shape)
             else:
                 weight = weight.view(-1)[: math.prod(grid.shape)].view(grid.shape)
             if self.trunk_axis == 1:

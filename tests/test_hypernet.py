@@ -1,0 +1,107 @@
+"""The generator against the paper's equation, written out tile by tile."""
+
+import pytest
+import torch
+from torch import nn
+
+from hyperize import HyperConfig, hyperize, make_plan
+from hyperize.hypernet import HyperNet
+
+EXACT = {"rtol": 0, "atol": 1e-12}
+"""float64 sums of at most a few hundred terms of size one, in another order."""
+
+SHAPES = [(64, 32, 3, 3), (20, 12, 3, 3), (33, 50, 1, 1), (96, 1, 3, 3), (60, 9, 1, 7), (48, 20)]
+
+
+def literal(hypernet, z, at):
+    """arXiv 1609.09106, eq. 4: K_i = W_out (W_i z + B_i) + B_out, tiles laid out one by one."""
+    plan, planned = hypernet.plan, hypernet.plan.sites[at]
+    axis, grid = plan.config.trunk_axis, planned.grid
+    shape = planned.site.shape
+    elements = torch.Size(shape[2:]).numel()
+    head = hypernet.heads[grid.kernel]
+    w = hypernet.trunk.weight.view(plan.lead, plan.hidden_dim, plan.embedding_dim)
+    b = hypernet.trunk.bias.view(plan.lead, plan.hidden_dim)
+    rows = torch.zeros(
+        -(-grid.rows // plan.lead) * plan.lead, grid.parts * grid.width * elements, dtype=z.dtype
+    )
+    for tile in range(grid.tiles):
+        down, right = divmod(tile, grid.parts)
+        for i in range(plan.lead):
+            a = w[i] @ z[tile] + b[i]
+            k = head.weight @ a + head.bias
+            used = k[: grid.width * elements]
+            start = right * grid.width * elements
+            rows[down * plan.lead + i, start : start + len(used)] = used
+    turned = (shape[axis], shape[1 - axis], *shape[2:])
+    count = torch.Size(turned).numel()
+    if grid.parts > 1:
+        rows = rows[: grid.rows, : count // grid.rows]
+    kernel = rows.flatten()[:count].view(turned)
+    return (
+        hypernet.scale[at] * (kernel.transpose(0, 1) if axis == 1 else kernel)
+        + (hypernet.offset[at])
+    )
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("tile", [(16, 16), (8, 32), (4, 5)])
+def test_agrees_with_the_equation(axis, tile):
+    layers = []
+    for out, inner, *kernel in SHAPES:
+        if kernel and inner == 1:
+            layers.append(nn.Conv2d(out, out, kernel, groups=out))
+        else:
+            layers.append(nn.Conv2d(inner, out, kernel) if kernel else nn.Linear(inner, out))
+    config = HyperConfig(
+        tile=tile, embedding_dim=3, hidden_dim=5, trunk_axis=axis, targets=("conv2d", "linear")
+    )
+    hyper = hyperize(nn.ModuleList(layers).double(), config)
+    hypernet = hyper[0].hypernet
+    assert len(hypernet.plan.sites) == len(SHAPES)
+    with torch.no_grad():
+        for p in hypernet.parameters():  # biases start at zero: give every term a say
+            p.copy_(torch.randn_like(p))
+        hypernet.offset.copy_(torch.randn_like(hypernet.offset))
+    for layer, planned in zip(hyper, hypernet.plan.sites, strict=True):
+        at = layer._site_index["weight"]
+        weight = layer.weight
+        assert weight.is_contiguous()
+        assert tuple(weight.shape) == planned.site.shape
+        expected = literal(hypernet, layer.weight_embedding, at)
+        torch.testing.assert_close(weight, expected, **EXACT)
+
+
+def test_many_sites_in_one_call_are_the_single_calls():
+    hyper = hyperize(nn.Sequential(nn.Conv2d(32, 64, 3), nn.Conv2d(64, 32, 1)), compression=3)
+    z = tuple(layer.weight_embedding for layer in hyper)
+    together = hyper[0].hypernet(z, (0, 1))
+    for weight, layer in zip(together, hyper, strict=True):
+        assert torch.equal(weight, layer.weight)
+
+
+def test_seeds():
+    model = nn.Sequential(nn.Conv2d(32, 64, 3))
+    state = torch.get_rng_state()
+    first = hyperize(model, compression=3, seed=1)[0].weight
+    assert torch.equal(first, hyperize(model, compression=3, seed=1)[0].weight)
+    assert not torch.equal(first, hyperize(model, compression=3, seed=2)[0].weight)
+    unseeded = hyperize(model, compression=3)[0].weight
+    assert torch.equal(unseeded, hyperize(model, compression=3)[0].weight)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.randn(1)
+    assert not torch.equal(unseeded, hyperize(model, compression=3)[0].weight)
+
+
+def test_the_plan_is_not_copied_with_the_model():
+    import copy
+
+    hyper = hyperize(nn.Sequential(nn.Conv2d(32, 64, 3)), compression=3)
+    assert copy.deepcopy(hyper)[0].hypernet.plan is hyper[0].hypernet.plan
+
+
+def test_a_hypernet_holds_what_the_plan_counts():
+    plan = make_plan(nn.Sequential(nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 1)), compression=3)
+    hypernet = HyperNet(plan, torch.float64)
+    assert sum(p.numel() for p in hypernet.parameters()) == plan.hypernet_params
+    assert {t.dtype for t in hypernet.state_dict().values()} == {torch.float64}
