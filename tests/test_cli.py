@@ -21,18 +21,8 @@ def test_report(capsys):
 
 
 def test_report_as_json_takes_every_request(capsys):
-    argv = [
-        "report",
-        "resnet18",
-        "--json",
-        "--num-classes",
-        "7",
-        "--exclude",
-        "layer4",
-        "--tile",
-        "16",
-        "16",
-    ]
+    argv = ["report", "resnet18", "--json", "--num-classes", "7", "--exclude", "layer4"]
+    argv += ["--tile", "16", "16"]
     assert main([*argv, "--embedding-dim", "8", "--hidden-dim", "16"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["total_dense_params"] == 11_689_512 - 993 * 513
