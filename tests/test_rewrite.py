@@ -51,9 +51,9 @@ GRADIENT_TOLERANCE = 1e-4
 """Of a gradient, by its norm: the same sums in float32, in another order."""
 
 ALL_KINDS = (
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear lstm gru rnn "
-    "lstm_cell gru_cell rnn_cell"
-).split()
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("linear", "lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell"),
+)
 
 # name -> (model, shape of its input, options of hyperize): models of no list
 OWN = {
@@ -708,7 +708,7 @@ def test_a_copy_has_one_generator():
     assert generators == {id(twin.hypernet)}
 
 
-# --------------------------------------------------------------- sharing, freezing, meta, containers
+# -------------------------------------------------------------- sharing, freezing, meta, containers
 
 
 def test_a_module_used_several_times_is_one_site():
