@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from models import count, same, signature
 from torch import nn
 
-from hyperize import BudgetError, ConfigError, HyperConfig, Plan, hyperize, make_plan, report, to_dense
+from hyperize import (
+    BudgetError,
+    ConfigError,
+    HyperConfig,
+    Plan,
+    hyperize,
+    make_plan,
+    report,
+    to_dense,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -115,19 +124,21 @@ def planned(net, request):
 def test_a_request_is_met_or_refused(net, request):
     model, _ = build(net)
     before = {name: t.clone() for name, t in model.state_dict().items()}
+    refusal, plan = None, None
     try:
         plan = make_plan(model, **request)
     except BudgetError as error:
-        assert "grow" in str(error) or "cannot be met" in str(error)
-    else:
-        explicit = "embedding_dim" in request
-        assert explicit or plan.compression >= request["compression"]
-        # Unmet only where the user set the length of the embeddings, and the plan says so
-        assert bool(plan.notes) == (plan.compression < request["compression"])
-        assert plan.embedding_dim == request.get("embedding_dim", plan.embedding_dim)
-        assert plan.hidden_dim == request.get("hidden_dim", plan.hidden_dim)
-        assert all(t == request.get("tile", t) for t in plan.tile.values())
+        refusal = str(error)
     assert same(model.state_dict(), before)
+    if plan is None:
+        assert "grow" in refusal or "cannot be met" in refusal
+        return
+    assert "embedding_dim" in request or plan.compression >= request["compression"]
+    # Unmet only where the user set the length of the embeddings, and the plan says so
+    assert bool(plan.notes) == (plan.compression < request["compression"])
+    assert plan.embedding_dim == request.get("embedding_dim", plan.embedding_dim)
+    assert plan.hidden_dim == request.get("hidden_dim", plan.hidden_dim)
+    assert all(t == request.get("tile", t) for t in plan.tile.values())
 
 
 @random_models
