@@ -81,7 +81,7 @@ def check(name):
 
     total = count(model)
     found = find_sites(model, HyperConfig())
-    with mock.patch("hyperize.planning.find_sites", lambda *args: found):  # traces once for both
+    with mock.patch("hyperize.planning.find_sites", return_value=found):  # traces once for both
         plan = make_plan(model)
         explicit = {"tile": plan.tile, "hidden_dim": plan.hidden_dim}
         more = make_plan(model, embedding_dim=plan.embedding_dim + 1, **explicit)
