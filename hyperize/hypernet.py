@@ -12,7 +12,7 @@ Chang, Flokas, Lipson 2020, arXiv 2312.08399):
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +76,7 @@ class HyperNet(nn.Module):
         """
         for layer in (self.trunk, *self.heads.values()):
             assert isinstance(layer, nn.Linear)
-            noise = torch.randn(layer.weight.shape, generator=generator)
+            noise = torch.randn(layer.weight.shape, generator=generator, device="cpu")
             layer.weight.copy_(noise / math.sqrt(layer.in_features))
             layer.bias.zero_()
 
@@ -110,7 +110,7 @@ class HyperNet(nn.Module):
                 weight = weight.view(-1)[: math.prod(grid.shape)].view(grid.shape)
             if self.trunk_axis == 1:
                 weight = weight.transpose(0, 1).contiguous()
-            return weight.to(embedding.dtype)
+            return _like_a_parameter(weight.to(embedding.dtype), embedding.requires_grad)
 
     def _rows(self, embedding: Tensor, grid: Grid, site: int) -> Tensor:
         """The scaled and shifted weight, (rows * parts, width * k), in its memory order."""
@@ -132,6 +132,17 @@ class HyperNet(nn.Module):
             f"{len(self.plan.sites)} sites, embedding_dim={self.embedding_dim}, "
             f"hidden_dim={self.hidden_dim}, lead={self.lead}"
         )
+
+
+def _like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
+    """Lets a weight say under no_grad that it trains, as a dense parameter does there.
+
+    torch.matmul looks at it when it chooses a kernel, and kernels round differently.
+    """
+    if trains and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        with suppress(RuntimeError):  # inside a transform of torch.func, where nothing is a leaf
+            return weight.detach().requires_grad_()  # detached, as a view's views do not say so
+    return weight
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -92,8 +92,11 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
         proxy = SimpleNamespace(_flat_weights=[first], input_size=self.input_size)
         nn.RNNBase.check_input(proxy, input, batch_sizes)  # type: ignore[arg-type]
 
-    # The dense class keeps a list of its weights and refreshes it at each `.to()` and forward;
-    # here the list is computed, so there is nothing to refresh and nothing to flatten.
+    # The dense class keeps a list of its weights and refreshes it at each assignment, `.to()` and
+    # forward; here the list is computed, so there is nothing to refresh and nothing to flatten.
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)
+
     def _init_flat_weights(self) -> None: ...
 
     def _update_flat_weights(self) -> None: ...

@@ -181,12 +181,14 @@ class Plan:
     @property
     def generator_macs(self) -> int:
         """Multiply-adds of generating every weight once."""
-        width = {head.kernel: head.kernel_elements for head in self.heads}
-        trunk = self.tiles * self.embedding_dim * self.lead * self.hidden_dim
-        return trunk + sum(
-            g.rows * g.parts * self.hidden_dim * g.width * width[g.kernel]
-            for g in (planned.grid for planned in self.sites)
-        )
+        return sum(self.macs_of(planned) for planned in self.sites)
+
+    def macs_of(self, planned: PlannedSite) -> int:
+        """Multiply-adds of generating one weight."""
+        grid = planned.grid
+        trunk = grid.tiles * self.embedding_dim * self.lead * self.hidden_dim
+        row = self.hidden_dim * grid.width * math.prod(grid.shape[2:])
+        return trunk + grid.rows * grid.parts * row
 
     def layers(self) -> dict[str, dict[str, int]]:
         """Layer path -> generated parameter -> the site's number."""

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from hyperize.hypernet import HyperNet
 from hyperize.layers import EMBEDDING
-from hyperize.planning import Plan
-from hyperize.rewrite import find_hypernet
+from hyperize.planning import Plan, PlannedSite
+from hyperize.rewrite import find_hypernet, generated_layers
 from hyperize.sites import Skip, Untargeted, tensor_bytes
 
 __all__ = ["Report", "report"]
@@ -210,62 +211,77 @@ def report(hyper_or_plan: nn.Module | Plan) -> Report:
         ModelError: The model is not hyperized, or is wrapped or sharded.
     """
     if isinstance(hyper_or_plan, Plan):
-        plan, model = hyper_or_plan, None
-    else:
-        model = hyper_or_plan
-        plan = find_hypernet(model)[1].plan
+        return _of_plan(hyper_or_plan)
+    return _of_model(hyper_or_plan, find_hypernet(hyper_or_plan)[1])
+
+
+def _of_plan(plan: Plan) -> Report:
     itemsizes = [planned.site.itemsize for planned in plan.sites]
-    hyper_params = [planned.hyper_params for planned in plan.sites]
-    hypernet_params = plan.hypernet_params
-    if model is None:
-        total_hyper_params = plan.total_hyper_params
-        # The hypernetwork has the widest of the sites' dtypes, and two constants per site.
-        shared = (hypernet_params + 2 * len(plan.sites)) * max(itemsizes)
-        dense_bytes = plan.total_bytes
-        change = sum(
-            (count - planned.site.dense_params) * size
-            for planned, count, size in zip(plan.sites, hyper_params, itemsizes, strict=True)
-        )
-        hyper_bytes = dense_bytes + change + shared
-    else:
-        embeddings = [model.get_parameter(p.site.name + EMBEDDING) for p in plan.sites]
-        hypernet = find_hypernet(model)[1]
-        hyper_params = [embedding.numel() for embedding in embeddings]
-        hypernet_params = sum(p.numel() for p in hypernet.parameters())
-        total_hyper_params = sum(p.numel() for p in model.parameters())
-        hyper_bytes = tensor_bytes(model)
-        dense_bytes = (
-            hyper_bytes
-            - tensor_bytes(hypernet)
-            + sum(
-                (planned.site.dense_params - z.numel()) * z.element_size()
-                for planned, z in zip(plan.sites, embeddings, strict=True)
-            )
-        )
-    rows = tuple(
-        SiteRow(
-            path=planned.site.path,
-            param=planned.site.param,
-            kind=planned.site.kind,
-            shape=planned.site.shape,
-            dense_params=planned.site.dense_params,
-            hyper_params=count,
-        )
-        for planned, count in zip(plan.sites, hyper_params, strict=True)
+    # The hypernetwork has the widest of the sites' dtypes, and two constants per site.
+    shared = (plan.hypernet_params + 2 * len(plan.sites)) * max(itemsizes)
+    change = sum(
+        (planned.hyper_params - planned.site.dense_params) * size
+        for planned, size in zip(plan.sites, itemsizes, strict=True)
     )
     return Report(
         model=plan.model,
-        sites=rows,
+        sites=tuple(_row(planned, planned.hyper_params) for planned in plan.sites),
         skipped=plan.skips,
         untargeted=plan.untargeted,
-        hypernet_params=hypernet_params,
-        total_dense_params=total_hyper_params
-        - hypernet_params
-        - sum(hyper_params)
-        + plan.dense_params,
-        dense_bytes=dense_bytes,
-        hyper_bytes=hyper_bytes,
+        hypernet_params=plan.hypernet_params,
+        total_dense_params=plan.total_params,
+        dense_bytes=plan.total_bytes,
+        hyper_bytes=plan.total_bytes + change + shared,
         generator_macs=plan.generator_macs,
         order=plan.order,
         notes=plan.notes,
+    )
+
+
+def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
+    """The report of a model as it is now: layers may have been replaced since it was planned."""
+    layers = generated_layers(model)
+    plan = hypernet.plan
+    rows: list[SiteRow] = []
+    replaced: list[Skip] = []
+    dense_bytes = tensor_bytes(model) - tensor_bytes(hypernet)
+    macs = 0
+    for planned in plan.sites:
+        site = planned.site
+        layer = layers.get(site.path)
+        if layer is None or site.param not in layer.generated:
+            reason = "replaced by another layer since the rewrite"
+            replaced.append(Skip(site.name, reason, site.dense_params))
+            continue
+        embedding = layer.get_parameter(site.param + EMBEDDING)
+        rows.append(_row(planned, embedding.numel()))
+        macs += plan.macs_of(planned)
+        dense_bytes += (site.dense_params - embedding.numel()) * embedding.element_size()
+    hypernet_params = sum(p.numel() for p in hypernet.parameters())
+    hyper_params = hypernet_params + sum(row.hyper_params for row in rows)
+    others = sum(p.numel() for p in model.parameters()) - hyper_params
+    return Report(
+        model=plan.model,
+        sites=tuple(rows),
+        skipped=(*plan.skips, *replaced),
+        untargeted=plan.untargeted,
+        hypernet_params=hypernet_params,
+        total_dense_params=others + sum(row.dense_params for row in rows),
+        dense_bytes=dense_bytes,
+        hyper_bytes=tensor_bytes(model),
+        generator_macs=macs,
+        order=plan.order,
+        notes=plan.notes,
+    )
+
+
+def _row(planned: PlannedSite, hyper_params: int) -> SiteRow:
+    site = planned.site
+    return SiteRow(
+        path=site.path,
+        param=site.param,
+        kind=site.kind,
+        shape=site.shape,
+        dense_params=site.dense_params,
+        hyper_params=hyper_params,
     )

@@ -198,7 +198,7 @@ def _initialise(
     embeddings = []
     for at, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
         mean, std = statistics[at]
-        z = torch.randn(shape, generator=generator).to(hypernet.scale)
+        z = torch.randn(shape, generator=generator, device="cpu").to(hypernet.scale)
         if std > 0:
             drawn_std, drawn_mean = torch.std_mean(hypernet(z, at).float(), correction=0)
             z /= drawn_std
@@ -231,7 +231,7 @@ def _mean_std(weight: Tensor, name: str) -> tuple[float, float]:
 
 
 def _generator(seed: int | None) -> torch.Generator:
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     if seed is None:
         generator.set_state(torch.get_rng_state())  # reads the global state, does not advance it
     else:

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import math
 import random
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,12 @@ __all__: list[str] = []
 
 HYPERNET = "hypernet"
 """Name under which the hypernetwork is registered, once; part of the file format."""
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that can be generated."""
+
+_TRACING = threading.Lock()
+"""Held while torch.fx patches nn.Module: two tracers at once could leave it patched."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +238,7 @@ class SiteTracer(fx.Tracer):
         super().__init__(autowrap_functions=functions)
         self._targets = {id(module) for module in targets}
         self._opaque = tuple(get_notrace_modules())
+        self._thread = threading.get_ident()
         self._holders: set[int] = set()  # ids of modules with a target somewhere below them
         for path, module in root.named_modules(remove_duplicate=False):
             if id(module) in self._targets:
@@ -238,6 +246,17 @@ class SiteTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) in self._targets or id(m) not in self._holders or self.is_opaque(m)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if threading.get_ident() != self._thread:  # torch.fx patches the calls of every thread
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def is_opaque(self, module: nn.Module) -> bool:
         """Whether timm marks the module as one that must not be traced."""
@@ -251,7 +270,7 @@ class SiteTracer(fx.Tracer):
             for name, parameter in signature.parameters.items()
             if isinstance(parameter.default, (bool, int, float, str, type(None)))
         }
-        with warnings.catch_warnings():
+        with _TRACING, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return self.trace(root, concrete_args=defaults or None)
 
@@ -344,8 +363,8 @@ def _obstacle(module: nn.Module, param: str, owners: dict[int, list[str]]) -> st
         return f"tied: one tensor under {', '.join(names)}"
     if not weight.requires_grad:
         return "frozen (requires_grad=False); a generated weight would change with the generator"
-    if not weight.is_floating_point():
-        return f"dtype {weight.dtype} is not floating point"
+    if weight.dtype not in DTYPES:
+        return f"dtype {weight.dtype} has no arithmetic to train a generator in"
     if type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return f"a tensor subclass ({type(weight.data).__name__}), whose format would be lost"
     if weight.numel() == 0:
@@ -424,8 +443,11 @@ def _check_layers(selected: dict[str, nn.Module]) -> None:
     """Refuses layers whose parameters are computed by something else already."""
     for path, module in selected.items():
         for param in _params(module):
-            old_style = param not in module._parameters and hasattr(module, param)
-            if is_parametrized(module, param) or old_style:
+            # In this order: to read a parametrized weight is to compute it, which can change it
+            # (spectral_norm advances its power iteration).
+            if is_parametrized(module, param) or (
+                param not in module._parameters and hasattr(module, param)
+            ):
                 raise ModelError(
                     f"{param} of {path or 'the model'!r} is parametrized (weight_norm, "
                     "spectral_norm, pruning or the like), so it is not a plain parameter; remove "
