@@ -99,6 +99,9 @@ class HyperNet(nn.Module):
         return self._generate(embedding, site)
 
     def _generate(self, embedding: Tensor, site: int) -> Tensor:
+        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+            with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, as a parameter
+                return self._generate(embedding, site)
         grid = self.plan.sites[site].grid
         with _no_autocast(embedding.device.type):
             weight = self._rows(embedding.to(self.trunk.weight.dtype), grid, site)
