@@ -118,6 +118,15 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
         nn.RNNBase._init_flat_weights(self)
 
 
+class GeneratedAttention(Generated, nn.MultiheadAttention):
+    """Mixin for nn.MultiheadAttention, whose forward reads its weights several times."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the dense class's, with each weight generated once."""
+        weights = {name: self.generate(name) for name in self.generated}
+        return self.dense_forward(weights, *args, **kwargs)
+
+
 @dataclass(frozen=True)
 class LayerSpec:
     """How one type of layer is rewritten.
@@ -283,6 +292,12 @@ def _assignment_error(name: str) -> ModelError:
     )
 
 
+def _attention_params(module: nn.MultiheadAttention) -> tuple[str, ...]:
+    # The output projection is a Linear of its own.
+    names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+    return tuple(name for name in names if module._parameters.get(name) is not None)
+
+
 def _recurrent_params(module: nn.RNNBase) -> tuple[str, ...]:
     return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
 
@@ -296,6 +311,7 @@ for _spec in (
     LayerSpec("conv_transpose2d", nn.ConvTranspose2d),
     LayerSpec("conv_transpose3d", nn.ConvTranspose3d),
     LayerSpec("linear", nn.Linear),
+    LayerSpec("attention", nn.MultiheadAttention, _attention_params, GeneratedAttention),
     LayerSpec("gru", nn.GRU, _recurrent_params, GeneratedRecurrent),
     LayerSpec("rnn", nn.RNN, _recurrent_params, GeneratedRecurrent),
     LayerSpec("lstm_cell", nn.LSTMCell, ("weight_ih", "weight_hh")),

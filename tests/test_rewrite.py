@@ -80,7 +80,7 @@ OWN = {
     "transformer": (
         lambda: nn.TransformerEncoderLayer(64, 4, 96, batch_first=True),
         (2, 5, 64),
-        {"targets": ("linear",)},
+        {"targets": ("linear", "attention")},
     ),
     # Widths that no tile divides, with standardisation over the weight as it lies in memory
     "odd-widths": (
@@ -815,6 +815,23 @@ def test_each_layer_generates_its_weight_once_per_forward():
     hyper.hypernet.register_forward_hook(lambda module, args, output: calls.append(args[1]))
     hyper(torch.randn(1, 3, 16, 16))
     assert sorted(calls) == list(range(len(make_plan(Convolutions(), compression=1.5).sites)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"kdim": 24, "vdim": 40}, {"bias": False, "add_bias_kv": True}], ids=str
+)
+def test_attention_generates_its_weights_once_per_forward(options, training):
+    layer = nn.MultiheadAttention(64, 4, batch_first=True, **options)
+    hyper = hyperize(layer, targets="attention", compression=1.5).train(training)
+    dense = to_dense(hyper)
+    calls = []
+    hyper.hypernet.register_forward_hook(lambda module, args, output: calls.append(args[1]))
+    inputs = [torch.randn(2, n, d) for n, d in ((5, 64), (7, layer.kdim), (7, layer.vdim))]
+    assert same(hyper(*inputs), dense(*inputs))
+    assert sorted(calls) == list(range(len(hyper.generated)))
+    with torch.no_grad():
+        assert same(hyper(*inputs, need_weights=False), dense(*inputs, need_weights=False))
 
 
 def test_hooks_are_kept():
