@@ -99,7 +99,7 @@ class HyperNet(nn.Module):
         return self._generate(embedding, site)
 
     def _generate(self, embedding: Tensor, site: int) -> Tensor:
-        if torch.is_inference_mode_enabled() and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, as a parameter
                 return self._generate(embedding, site)
         grid = self.plan.sites[site].grid
