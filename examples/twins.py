@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor, nn
 
-from hyperize import hyperize, report, save
+from hyperize import hyperize, param_groups, report, save
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Accuracy = Callable[[nn.Module], float]
@@ -163,16 +163,10 @@ def compare(
 def make_twin(name: str, model: nn.Module, lr: float, weight_decay: float, steps: int) -> Twin:
     """Gives a model its optimizer and its schedule.
 
-    Norms, biases and all that generates weights are not decayed: small embeddings do not make
-    small weights, as the hypernetwork can grow in exchange. (The paper, arXiv 1609.09106 sec. 3.1,
-    penalises the generated weights instead; runs as short as these do without.)
+    What generates weights is not decayed. (The paper, arXiv 1609.09106 sec. 3.1, penalises the
+    generated weights instead; runs as short as these do without.)
     """
-    decayed, free = [], []
-    for path, param in model.named_parameters():
-        generates = path.endswith("_embedding") or "hypernet" in path.split(".")
-        (free if generates or param.ndim < 2 else decayed).append(param)
-    groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(param_groups(model, weight_decay), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     return Twin(name, model, optimizer, schedule)
 
@@ -181,11 +175,7 @@ def train(
     twins: Sequence[Twin], batches: Iterable[tuple[Tensor, Tensor]], steps: int, loss: Loss
 ) -> None:
     """Trains the twins in turns on the same batches; on a terminal, under a progress bar."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("training", total=steps)
         for inputs, targets in islice(batches, steps):
             losses = []
@@ -194,6 +184,15 @@ def train(
                 losses.append(f"{twin.name} {_step(twin, inputs, targets, loss):.3f}")
                 twin.seconds.append(time.perf_counter() - start)
             progress.update(task, advance=1, description=f"loss: {', '.join(losses)}")
+
+
+def progress_bar() -> Progress:
+    """A bar with a description, steps and the time left; silent unless stderr is a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
 
 
 def _step(twin: Twin, inputs: Tensor, targets: Tensor, loss: Loss) -> float:

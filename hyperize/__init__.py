@@ -13,6 +13,7 @@ from hyperize.layers import LayerSpec, register_layer
 from hyperize.planning import Plan, make_plan
 from hyperize.reporting import Report, report
 from hyperize.rewrite import dense_state_dict, hyperize, to_dense
+from hyperize.training import generated_l2, param_groups
 
 __all__ = [
     "hyperize",
@@ -28,6 +29,8 @@ __all__ = [
     "load",
     "register_layer",
     "LayerSpec",
+    "param_groups",
+    "generated_l2",
     "HyperizeError",
     "ConfigError",
     "BudgetError",

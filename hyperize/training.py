@@ -1,0 +1,179 @@
+"""What an optimizer and a loss need to know about a hyperized model.
+
+`param_groups` says which parameters weight decay may touch. `generated_l2` is the paper's L2
+regularisation, which acts on the GENERATED kernels and not on what generates them (arXiv
+1609.09106, sec. 3.1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperize.config import ConfigError, ModelError
+from hyperize.hypernet import HyperNet
+from hyperize.layers import EMBEDDING, Generated
+
+__all__ = ["GeneratedL2", "generated_l2", "param_groups"]
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
+"""Norms whose gains can have several axes; all others' are vectors."""
+
+
+def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+    """Sorts a model's parameters into those that weight decay acts on, and the rest.
+
+    Decayed are the ordinary weights of two axes or more. Not decayed are biases, norms, whatever
+    the model's own `no_weight_decay()` names (timm's convention), and all that generates weights:
+    small embeddings do not make small weights, as the hypernetwork can grow in exchange. To
+    regularise the generated weights, add `generated_l2` to the loss.
+
+        optimizer = torch.optim.AdamW(param_groups(hyper, weight_decay=0.05), lr=1e-3)
+
+    Args:
+        model: A hyperized model or a plain one, wrapped or not; not changed.
+        weight_decay: Of the decayed group, as the optimizer takes it.
+
+    Returns:
+        Two groups, the decayed one first; one of them may be empty. Each trainable parameter is in
+        one of them, once, in the order of `model.parameters()`; frozen ones are left out.
+
+    Raises:
+        ConfigError: `weight_decay` is not a finite number of at least 0.
+        ModelError: `model` is not a module, or has no trainable parameters.
+    """
+    if (
+        isinstance(weight_decay, bool)
+        or not isinstance(weight_decay, (int, float))
+        or not 0 <= weight_decay < math.inf
+    ):
+        raise ConfigError(f"weight_decay must be a finite number >= 0, got {weight_decay!r}.")
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
+    spared = {id(param) for param in _spared(model)}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for path, param in model.named_parameters():
+        if param.requires_grad:
+            vector = param.ndim < 2 or "bias" in path.rpartition(".")[2]
+            (free if vector or id(param) in spared else decayed).append(param)
+    if not decayed and not free:
+        raise ModelError(
+            f"{type(model).__name__} has no trainable parameters, so there is nothing to optimize."
+        )
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+def _spared(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of two axes or more that are not to be decayed all the same."""
+    for module in model.modules():
+        if isinstance(module, HyperNet):
+            yield from module.parameters()
+        elif isinstance(module, Generated):
+            yield from (getattr(module, name + EMBEDDING) for name in module.generated)
+        elif isinstance(module, _NORMS):
+            yield from module.parameters(recurse=False)
+        if callable(names := getattr(module, "no_weight_decay", None)):
+            named = dict(module.named_parameters(remove_duplicate=False))
+            yield from (named[name] for name in names() if name in named)
+
+
+class GeneratedL2:
+    """The sum of squares of the weights generated within `generated_l2`; call it for the value."""
+
+    def __init__(self) -> None:
+        # (number of the hypernetwork, of the site) -> the weight, and whether the forward pass
+        # recorded a graph for it
+        self._weights: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+
+    def __call__(self) -> Tensor:
+        """The penalty, a scalar attached to the graph of the forward pass.
+
+        Each site counts once, however often its weight was generated. Sites that the forward pass
+        did not reach do not count.
+
+        Returns:
+            The sum of squares, in float32 or, for weights that have it, float64.
+
+        Raises:
+            ModelError: No weight was generated, or it was without a graph, while gradients are
+                asked for now.
+        """
+        if not self._weights:
+            raise ModelError(
+                "no weight was generated within generated_l2(), so there is nothing to sum. Run "
+                "the forward pass of the hyperized model inside the `with` block; a model that "
+                "torch.compile has compiled has to be called inside such a block from the first."
+            )
+        if torch.is_grad_enabled() and not all(graph for _, graph in self._weights.values()):
+            raise ModelError(
+                "a weight was generated without a graph, so its penalty would have no gradient. "
+                "Run the forward pass without no_grad(); checkpoint with use_reentrant=False."
+            )
+        squares = []
+        for weight, _ in self._weights.values():
+            wide = torch.promote_types(weight.dtype, torch.float32)  # half's range is too small
+            squares.append(weight.to(wide).square().sum())
+        return torch.stack(squares).sum()
+
+    def _record(self, number: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook of the hypernetwork.
+
+        It only keeps references. Arithmetic here would be part of a checkpointed region, whose
+        recomputation has to repeat it exactly.
+        """
+        sites, weights = args[1], output
+        if not isinstance(sites, tuple):
+            sites, weights = (sites,), (output,)
+        for site, weight in zip(sites, weights, strict=True):
+            # The newest replaces an older one: parameters may have changed in between
+            self._weights[number, site] = (weight, torch.is_grad_enabled())
+
+
+@contextmanager
+def generated_l2(hyper: nn.Module) -> Iterator[GeneratedL2]:
+    """Keeps the weights that are generated inside the block, for an L2 penalty on them.
+
+    Nothing is generated twice: the penalty is of the very tensors that the forward pass used. It
+    works with modules used several times, under autocast, and with non-reentrant checkpointing.
+
+        with generated_l2(hyper) as l2:
+            loss = F.cross_entropy(hyper(images), labels)
+        (loss + 0.5 * weight_decay * l2()).backward()
+
+    With the factor above its gradient is the one that `weight_decay` adds for a dense kernel in
+    SGD. Enter the block anew for each step, and call `l2()` before the backward pass.
+
+    Args:
+        hyper: A hyperized model, wrapped or not, or the graph of one from `as_graph`; its
+            hypernetwork carries a forward hook inside the block.
+
+    Yields:
+        The penalty, to be called.
+
+    Raises:
+        ModelError: The model is not hyperized.
+    """
+    if not isinstance(hyper, nn.Module):
+        raise ModelError(f"expected a hyperized torch.nn.Module, got {type(hyper).__name__}.")
+    hypernets = [module for module in hyper.modules() if isinstance(module, HyperNet)]
+    if not hypernets:
+        raise ModelError(
+            f"{type(hyper).__name__} is not hyperized: it has no hypernetwork, so no weight is "
+            "generated. For a dense model use the optimizer's weight decay."
+        )
+    penalty = GeneratedL2()
+    with ExitStack() as hooks:
+        for number, hypernet in enumerate(hypernets):
+            hook = hypernet.register_forward_hook(partial(penalty._record, number))
+            hooks.callback(hook.remove)
+        yield penalty
