@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperize.config import HyperConfig, ModelError
-from hyperize.hypernet import HyperNet
+from hyperize.hypernet import HyperNet, moments
 from hyperize.layers import EMBEDDING, Generated, densify_params, generate_params
 from hyperize.planning import Plan, PlannedSite, make_plan
 from hyperize.sites import HYPERNET, structural_copy, wrapper_of
@@ -184,7 +184,7 @@ def _initialise(
     """Draws hypernetwork and embeddings, and sets each site's constants by its dense weight.
 
     One random draw has neither exactly the variance nor the mean that it has in expectation, so
-    each site is generated once and its embeddings and offset are corrected.
+    each site's embeddings and offset are corrected by the moments of what they would generate.
     """
     sites = hypernet.plan.sites
     shapes = [(planned.grid.tiles, hypernet.embedding_dim) for planned in sites]
@@ -200,7 +200,7 @@ def _initialise(
         mean, std = statistics[at]
         z = torch.randn(shape, generator=generator, device="cpu").to(hypernet.scale)
         if std > 0:
-            drawn_std, drawn_mean = torch.std_mean(hypernet(z, at).float(), correction=0)
+            drawn_mean, drawn_std = hypernet.moments(z, at)
             z /= drawn_std
             hypernet.scale[at] = std
             hypernet.offset[at] = mean - std * drawn_mean / drawn_std
@@ -218,7 +218,7 @@ def _mean_std(weight: Tensor, name: str) -> tuple[float, float]:
     """Mean and standard deviation of a dense weight; exactly (value, 0) of a constant one."""
     weight = weight.detach()
     single = torch.promote_types(weight.dtype, torch.float32)
-    std, mean = (float(t) for t in torch.std_mean(weight.to(single), correction=0))
+    mean, std = (float(t) for t in moments(weight.to(single)))
     if not (math.isfinite(std) and math.isfinite(mean)):
         raise ModelError(
             f"{name} holds values that are not finite, so there is nothing to start from; "
