@@ -221,6 +221,19 @@ def test_a_stopped_run_ends_as_if_it_had_not_stopped(
     assert [r.accuracy for r in finished] == [r.accuracy for r in whole]
 
 
+def test_epochs_differ_and_can_be_repeated(mnist, example):
+    paper, images = example("paper"), mnist.read(None, True)
+
+    def labels(seed, epoch):
+        batches = paper.one_epoch(images, 32, seed, epoch, pad=1, flip=False)
+        return torch.cat([labels for _, labels in batches]).tolist()
+
+    orders = [labels(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == sorted(images.labels.tolist()) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    assert labels(1, 1) == orders[3]
+
+
 def test_a_kill_while_writing_leaves_the_last_checkpoint(mnist, tmp_path, monkeypatch):
     flags = [*MNIST, "--out", str(tmp_path)]
     save, saved = torch.save, []
