@@ -1,8 +1,8 @@
 """A dense model and its hyperized twin, trained side by side: what the training examples share.
 
 Both start from the same initialisation, see the same batches and follow the same recipe, so that
-what differs in the final table is the rewrite. Imported by `train_mnist.py`, `train_cifar.py` and
-`crnn.py`; not a program of its own.
+what differs in the final table is the rewrite. Imported by the training examples, and in parts by
+`paper.py`; not a program of its own.
 
 The recipe is AdamW with one cycle of the learning rate, for both. The paper (arXiv 1609.09106) too
 trains its hypernetworks with Adam; in 150 steps on MNIST, SGD with Nesterov momentum brought the
