@@ -8,6 +8,7 @@ from hyperize.config import (
     HyperizeError,
     ModelError,
 )
+from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
 from hyperize.export import as_graph, load, save
 from hyperize.layers import LayerSpec, register_layer
 from hyperize.planning import Plan, make_plan
@@ -29,6 +30,10 @@ __all__ = [
     "load",
     "register_layer",
     "LayerSpec",
+    "HyperLSTM",
+    "HyperLSTMCell",
+    "HyperRNN",
+    "HyperRNNCell",
     "param_groups",
     "generated_l2",
     "HyperizeError",

@@ -13,8 +13,8 @@ import hyperize as package
 PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
-    *("config", "layers", "sites", "planning", "hypernet", "rewrite", "reporting", "export"),
-    *("training", "cli"),
+    *("config", "layers", "sites", "planning", "hypernet", "dynamic", "rewrite"),
+    *("reporting", "export", "training", "cli"),
 ]
 """Each module imports only from modules before it."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
