@@ -1,0 +1,495 @@
+"""HyperLSTM and HyperRNN: against a literal transcription of the paper's equations, and nn.LSTM."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from models import count, same
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+
+from hyperize import ConfigError, HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
+
+TOLERANCE = 1e-6
+"""Of the transcription, in float64: the issue's figure; the sums come in another order."""
+SINGLE_TOLERANCE = 1e-5
+"""Between two ways through one sequence in float32: matrix products of other sizes round apart."""
+
+SIZE, HIDDEN, TIME, BATCH = 6, 5, 20, 3  # more steps than a chunk of the backward pass
+SMALL = {"hyper_size": 4, "embedding_dim": 3}
+LSTM_FLAGS = [
+    {"bias": bias, "layer_norm": norm, "recurrent_dropout": dropout}
+    for bias, norm, dropout in itertools.product((True, False), (False, True), (0.0, 0.4))
+]
+RNN_FLAGS = [
+    {"bias": bias, "layer_norm": norm, "nonlinearity": phi}
+    for bias, norm, phi in itertools.product((True, False), (False, True), ("tanh", "relu"))
+]
+CASES = [(HyperLSTM, flags) for flags in LSTM_FLAGS] + [(HyperRNN, flags) for flags in RNN_FLAGS]
+ONE_OF_EACH = [
+    (HyperLSTM, {"num_layers": 2, "bidirectional": True}),
+    (HyperLSTM, {"layer_norm": True, "batch_first": True, "bias": False}),
+    (HyperRNN, {"num_layers": 2, "bidirectional": True, "layer_norm": True}),
+    (HyperRNN, {"batch_first": True}),
+]
+
+
+def name_of(value):
+    if isinstance(value, type):
+        return value.__name__
+    return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
+
+
+def over(cases):
+    return pytest.mark.parametrize(("cls", "flags"), cases, ids=name_of)
+
+
+@torch.no_grad()
+def make(cls, flags, dtype=torch.float64, **options):
+    """A module none of whose parameters is at a constant or zero."""
+    module = cls(SIZE, HIDDEN, dtype=dtype, **(SMALL | flags | options))
+    noise = 0.1 if flags.get("nonlinearity") == "relu" else 0.3  # which has no bound
+    for param in module.parameters():
+        param.add_(noise * torch.randn_like(param))
+    return module
+
+
+# ------------------------------------------------------------------- the equations, word for word
+
+
+def norm(x, gain, shift):
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).square().mean(-1, keepdim=True)
+    return gain * (x - mean) / (variance + 1e-3).sqrt() + shift
+
+
+def lstm_step(p, x, h, c, u, m, mask=1.0):
+    """Eq. 10 to 13 of arXiv 1609.09106 for one step; u and m are the small cell's h^ and c^."""
+    gates = range(4)
+    size, small, e = p.weight_hh.shape[1], p.hyper_weight_hh.shape[1], p.embedding_dim
+    xhat = torch.cat((h, x), -1)
+    small_gates = []
+    for y in gates:
+        row = slice(y * small, (y + 1) * small)
+        a = xhat @ p.hyper_weight_ih[row].T + u @ p.hyper_weight_hh[row].T
+        if p.hyper_bias is not None:
+            a = a + p.hyper_bias[row]
+        small_gates.append(norm(a, p.hyper_ln_weight[y], p.hyper_ln_bias[y]))
+    i, f, g, o = small_gates
+    m = f.sigmoid() * m + i.sigmoid() * g.tanh()
+    u = o.sigmoid() * norm(m, p.hyper_ln_weight[4], p.hyper_ln_bias[4]).tanh()
+
+    def embedding(part, y):
+        block = part * 4 + y
+        z = u @ p.embedding_weight[block * e : (block + 1) * e].T
+        return z if part == 2 else z + p.embedding_bias[block * e : (block + 1) * e]
+
+    main_gates = []
+    for y in gates:
+        row = slice(y * size, (y + 1) * size)
+        d_h = embedding(0, y) @ p.scale_weight[0, y].T
+        d_x = embedding(1, y) @ p.scale_weight[1, y].T
+        a = d_h * (h @ p.weight_hh[row].T) + d_x * (x @ p.weight_ih[row].T)
+        if p.bias is not None:
+            a = a + embedding(2, y) @ p.scale_weight[2, y].T + p.bias[row]
+        if p.ln_weight is not None:
+            a = norm(a, p.ln_weight[y], p.ln_bias[y])
+        main_gates.append(a)
+    i, f, g, o = main_gates
+    c = f.sigmoid() * c + i.sigmoid() * (mask * g.tanh())
+    memory = c if p.ln_weight is None else norm(c, p.ln_weight[4], p.ln_bias[4])
+    return o.sigmoid() * memory.tanh(), c, u, m
+
+
+def rnn_step(p, x, h, u):
+    """Eq. 4 to 6 for one step."""
+    e, phi = p.embedding_dim, torch.tanh if p.nonlinearity == "tanh" else torch.relu
+    a = torch.cat((h, x), -1) @ p.hyper_weight_ih.T + u @ p.hyper_weight_hh.T
+    u = phi(a if p.hyper_bias is None else a + p.hyper_bias)
+
+    def scale(part):
+        z = u @ p.embedding_weight[part * e : (part + 1) * e].T
+        z = z if part == 2 else z + p.embedding_bias[part * e : (part + 1) * e]
+        return z @ p.scale_weight[part, 0].T
+
+    a = scale(0) * (h @ p.weight_hh.T) + scale(1) * (x @ p.weight_ih.T)
+    if p.bias is not None:
+        a = a + scale(2) + p.bias
+    if p.ln_weight is not None:
+        a = norm(a, p.ln_weight[0], p.ln_bias[0])
+    return phi(a), u
+
+
+def transcribed(cell, x, state, mask=None):
+    """A sequence through one cell by the equations; state and results in the library's layout."""
+    size, outputs = cell.hidden_size, []
+    if isinstance(cell, HyperRNNCell):
+        h, u = state[0].split((size, cell.hyper_size), 1)
+        for step in x:
+            h, u = rnn_step(cell, step, h, u)
+            outputs.append(h)
+        return torch.stack(outputs), (torch.cat((h, u), 1),)
+    h, (c, u, m) = state[0], state[1].split((size, cell.hyper_size, cell.hyper_size), 1)
+    for t, step in enumerate(x):
+        h, c, u, m = lstm_step(cell, step, h, c, u, m, 1.0 if mask is None else mask[t])
+        outputs.append(h)
+    return torch.stack(outputs), (h, torch.cat((c, u, m), 1))
+
+
+def states_of(module, batch=(BATCH,), dtype=torch.float64):
+    cell = module.cells[0]
+    states = [torch.randn(len(module.cells), *batch, n, dtype=dtype) for n in cell.state_sizes]
+    return [s.requires_grad_() for s in states]
+
+
+@over(CASES)
+def test_outputs_and_gradients_are_those_of_the_equations(cls, flags):
+    module = make(cls, flags)
+    cell = module.cells[0]
+    x = torch.randn(TIME, BATCH, SIZE, dtype=torch.float64, requires_grad=True)
+    states = states_of(module)
+    torch.manual_seed(1)
+    dropout = flags.get("recurrent_dropout", 0.0)
+    mask = F.dropout(torch.ones(TIME, BATCH, HIDDEN, dtype=torch.float64), dropout)
+    torch.manual_seed(1)  # the same draw again
+    output, after = module(x, tuple(states) if cls is HyperLSTM else states[0])
+    after = after if isinstance(after, tuple) else (after,)
+    expected, final = transcribed(cell, x, [s[0] for s in states], mask)
+    assert (output - expected).abs().max() < TOLERANCE
+    for a, b in zip(after, final, strict=True):
+        assert (a[0] - b).abs().max() < TOLERANCE
+
+    inputs = {"x": x, **{f"state{i}": s for i, s in enumerate(states)}}
+    inputs |= dict(cell.named_parameters())
+    directions = [torch.randn_like(t) for t in (expected, *final)]
+    ours = sum(
+        (t * d).sum() for t, d in zip((output, *(a[0] for a in after)), directions, strict=True)
+    )
+    theirs = sum((t * d).sum() for t, d in zip((expected, *final), directions, strict=True))
+    grads = torch.autograd.grad(ours, list(inputs.values()))
+    for name, a, b in zip(
+        inputs, grads, torch.autograd.grad(theirs, list(inputs.values())), strict=True
+    ):
+        assert b.any(), name
+        assert (a - b).abs().max() < TOLERANCE * max(1, b.abs().max()), name
+
+
+@over([case for case in CASES if not case[1].get("recurrent_dropout")])
+def test_gradcheck(cls, flags):
+    module = make(cls, flags)
+    x = torch.randn(4, 2, SIZE, dtype=torch.float64, requires_grad=True)
+    states = states_of(module, (2,))
+    params = dict(module.named_parameters())
+
+    def run(x, *tensors):
+        values = dict(zip(params, tensors[len(states) :], strict=True))
+        hx = tensors[: len(states)]
+        args = (x, hx if len(hx) == 2 else hx[0])
+        output, after = torch.func.functional_call(module, values, args)
+        return output, *(after if isinstance(after, tuple) else (after,))
+
+    assert torch.autograd.gradcheck(run, (x, *states, *params.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_layers_and_directions_are_cells_one_after_another(layer_norm):
+    module = make(HyperLSTM, {"num_layers": 2, "bidirectional": True, "layer_norm": layer_norm})
+    x = torch.randn(TIME, BATCH, SIZE, dtype=torch.float64)
+    states = states_of(module)
+    output, after = module(x, tuple(states))
+    layer, finals = x, []
+    for at in (0, 2):
+        forward, one = transcribed(module.cells[at], layer, [s[at] for s in states])
+        back, two = transcribed(module.cells[at + 1], layer.flip(0), [s[at + 1] for s in states])
+        layer = torch.cat((forward, back.flip(0)), 2)
+        finals += [one, two]
+    assert (output - layer).abs().max() < TOLERANCE
+    for which, state in enumerate(after):
+        assert (state - torch.stack([f[which] for f in finals])).abs().max() < TOLERANCE
+
+
+# ------------------------------------------------------------------------------ counts, first draw
+
+
+@pytest.mark.parametrize(
+    ("size", "hidden", "classes", "options", "expected"),
+    [
+        (50, 1000, 50, {}, 4_913_154),
+        (50, 1000, 50, {"layer_norm": True}, 4_923_154),
+        (50, 1000, 50, {"num_layers": 2, "layer_norm": True, "embedding_dim": 16}, 14_407_714),
+        (205, 1800, 205, {"hyper_size": 256, "embedding_dim": 64}, 18_710_773),
+        (205, 2048, 205, {"hyper_size": 512, "embedding_dim": 64, "layer_norm": True}, 26_541_773),
+        (3, 900, 121, {}, 3_942_461),
+    ],
+)
+def test_parameters_of_the_papers_models(size, hidden, classes, options, expected):
+    with torch.device("meta"):
+        model = nn.ModuleList([HyperLSTM(size, hidden, **options), nn.Linear(hidden, classes)])
+    assert count(model) == expected
+
+
+@pytest.mark.parametrize("cls", [HyperLSTM, HyperRNN])
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_initialisation(cls, layer_norm):
+    cell = cls(24, 32, hyper_size=16, embedding_dim=4, layer_norm=layer_norm).cells[0]
+    for weight in (cell.weight_hh, cell.hyper_weight_hh):
+        for gate in weight.chunk(cell.gates):
+            assert torch.allclose(gate @ gate.T, torch.eye(len(gate)), atol=1e-5)  # float32 QR
+    x = torch.randn(8, 24)
+    u = torch.randn(8, 16)
+    z = (u @ cell.embedding_weight.T)[:, : len(cell.embedding_bias)] + cell.embedding_bias
+    scales = torch.einsum("npge,pghe->npgh", z.view(8, 2, cell.gates, 4), cell.scale_weight[:2])
+    assert torch.allclose(scales, torch.tensor(0.1))  # whatever the small cell says
+    assert not cell.scale_weight[2].any()
+    of_bias = cell.embedding_weight[len(cell.embedding_bias) :]
+    assert 0 < of_bias.std() < 0.02  # drawn with 0.01
+    if cls is HyperLSTM:
+        shift = cell.ln_bias if layer_norm else cell.bias.view(4, 32)
+        assert shift[1].eq(1).all()  # of the forget gate
+        assert not shift[0].any()
+        assert cell.hyper_ln_bias[1].eq(1).all()
+    assert torch.isfinite(cell.sequence(x[None], cell.states(None, (8,), x))[0]).all()
+
+
+# ------------------------------------------------------------------------ the contract of nn.LSTM
+
+
+def twin_of(cls):
+    return nn.LSTM if cls is HyperLSTM else nn.RNN
+
+
+@pytest.mark.parametrize("cls", [HyperLSTM, HyperRNN])
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_shapes_are_those_of_the_dense_layer(cls, layers, both, first):
+    flags = {"num_layers": layers, "bidirectional": both, "batch_first": first}
+    hyper, dense = cls(SIZE, HIDDEN, **SMALL, **flags), twin_of(cls)(SIZE, HIDDEN, **flags)
+    for x in (torch.randn(4, 4, SIZE), torch.randn(4, SIZE)):
+        (a, states), (b, expected) = hyper(x), dense(x)
+        assert a.shape == b.shape
+        h = states[0] if cls is HyperLSTM else states
+        wanted = expected[0] if cls is HyperLSTM else expected
+        assert h[..., :HIDDEN].shape == wanted.shape
+        # nn.LSTM's own states are taken too, and zeros are what is taken without any
+        zeros = (torch.zeros_like(wanted),) * 2 if cls is HyperLSTM else torch.zeros_like(wanted)
+        assert same(hyper(x, zeros), hyper(x))
+
+
+@over(ONE_OF_EACH)
+def test_a_sequence_in_parts_is_the_whole(cls, flags):
+    flags = {k: v for k, v in flags.items() if k != "bidirectional"}
+    module = cls(SIZE, HIDDEN, **(SMALL | flags))
+    x = torch.randn(12, 12, SIZE)  # as long as wide, so that batch_first needs no other
+    axis = 1 if flags.get("batch_first") else 0
+    whole, final = module(x)
+    for sizes in ([5, 7], [1] * 12):
+        state, parts = None, []
+        for part in x.split(sizes, axis):
+            output, state = module(part, state)
+            parts.append(output)
+        assert (torch.cat(parts, axis) - whole).abs().max() < SINGLE_TOLERANCE
+        for a, b in zip(state, final, strict=True):
+            assert (a - b).abs().max() < SINGLE_TOLERANCE
+
+
+@pytest.mark.parametrize("cls", [HyperLSTMCell, HyperRNNCell])
+def test_cells_step_through_a_sequence(cls):
+    cell = cls(SIZE, HIDDEN, **SMALL)
+    x = torch.randn(5, BATCH, SIZE)
+    expected, final = cell.sequence(x, cell.states(None, (BATCH,), x))
+    state = None
+    for step, wanted in zip(x, expected, strict=True):
+        state = cell(step, state)
+        h = state[0] if cls is HyperLSTMCell else state[:, :HIDDEN]
+        assert (h - wanted).abs().max() < SINGLE_TOLERANCE
+    state = state if cls is HyperLSTMCell else (state,)
+    assert all((a - b).abs().max() < SINGLE_TOLERANCE for a, b in zip(state, final, strict=True))
+    alone = cell(x[0, 0])
+    batch = cell(x[0])
+    for a, b in zip(*((s,) if cls is HyperRNNCell else s for s in (alone, batch)), strict=True):
+        assert (a - b[0]).abs().max() < SINGLE_TOLERANCE
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@over([(cls, flags) for cls, flags in ONE_OF_EACH if "batch_first" not in flags])
+def test_packed_sequences_are_run_to_their_ends(cls, flags, enforce_sorted):
+    module = make(cls, flags)
+    lengths = [6, 4, 1] if enforce_sorted else [1, 6, 4]
+    parts = [torch.randn(n, SIZE, dtype=torch.float64) for n in lengths]
+    states = states_of(module)
+    hx = tuple(states) if cls is HyperLSTM else states[0]
+    output, after = module(pack_sequence(parts, enforce_sorted=enforce_sorted), hx)
+    padded, found = pad_packed_sequence(output)
+    assert found.tolist() == lengths
+    for at, part in enumerate(parts):
+        own = [s[:, at] for s in states]
+        alone, final = module(part, tuple(own) if cls is HyperLSTM else own[0])
+        assert (padded[: len(part), at] - alone).abs().max() < TOLERANCE
+        pairs = zip(after, final, strict=True) if cls is HyperLSTM else [(after, final)]
+        for a, b in pairs:
+            assert (a[:, at] - b).abs().max() < TOLERANCE
+    output.data.square().sum().backward()
+    assert all(p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("cls", [HyperLSTM, HyperRNN])
+def test_wrong_inputs_are_refused_as_by_the_dense_layer(cls):
+    hyper, dense = cls(SIZE, HIDDEN, **SMALL), twin_of(cls)(SIZE, HIDDEN)
+    good = torch.randn(TIME, BATCH, SIZE)
+    state = torch.zeros(1, BATCH + 1, HIDDEN)
+    bad_state = (state, state) if cls is HyperLSTM else state
+    for args in (
+        (torch.randn(TIME, BATCH, SIZE + 1),),
+        (torch.randn(2, 2, 2, 2),),
+        (torch.randn(0, BATCH, SIZE),),
+        (good.double(),),
+        (good, bad_state),
+    ):
+        kinds = []
+        for layer in (hyper, dense):
+            with pytest.raises((RuntimeError, ValueError)) as refusal:
+                layer(*args)
+            kinds.append(refusal.type)
+        assert kinds[0] == kinds[1]
+    with pytest.raises(RuntimeError, match="greater than 0"):
+        nn.utils.rnn.pack_padded_sequence(good, [3, 0, 1], enforce_sorted=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hidden_size": 0},
+        {"input_size": -1},
+        {"num_layers": 0},
+        {"hyper_size": 1.5},
+        {"embedding_dim": True},
+        {"dropout": 1.5},
+        {"recurrent_dropout": -0.1},
+    ],
+    ids=str,
+)
+def test_options_that_are_none(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        HyperLSTM(**({"input_size": SIZE, "hidden_size": HIDDEN} | options))
+    if "recurrent_dropout" not in options:
+        with pytest.raises(ConfigError, match=next(iter(options))):
+            HyperRNN(**({"input_size": SIZE, "hidden_size": HIDDEN} | options))
+
+
+def test_a_nonlinearity_that_is_none():
+    with pytest.raises(ConfigError, match="sigmoid"):
+        HyperRNN(SIZE, HIDDEN, nonlinearity="sigmoid")
+
+
+def test_dropout_only_in_training():
+    module = HyperLSTM(SIZE, HIDDEN, 2, dropout=0.5, recurrent_dropout=0.5, **SMALL)
+    x = torch.randn(TIME, BATCH, SIZE)
+    assert not same(module(x), module(x))
+    module.eval()
+    assert same(module(x), module(x))
+
+
+# -------------------------------------------------------------------------- the rest of the world
+
+
+@over(ONE_OF_EACH)
+def test_deepcopy_pickle_and_state_dict(cls, flags):
+    module = make(cls, flags)
+    x = torch.randn(4, 4, SIZE, dtype=torch.float64)
+    expected = module(x)
+    fresh = cls(SIZE, HIDDEN, dtype=torch.float64, **(SMALL | flags))
+    assert not same(fresh(x)[0], expected[0])
+    fresh.load_state_dict(module.state_dict())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), fresh):
+        assert same(twin(x), expected)
+
+
+@over(ONE_OF_EACH)
+def test_compiles_as_one_graph(cls, flags):
+    module = cls(SIZE, HIDDEN, **(SMALL | flags))
+    twin = copy.deepcopy(module)
+    torch.compiler.reset()
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    x = torch.randn(4, 4, SIZE)
+    for model in (module, compiled):
+        model(x)[0].square().sum().backward()
+    assert (compiled(x)[0] - module(x)[0]).abs().max() < SINGLE_TOLERANCE
+    for (name, a), b in zip(module.named_parameters(), twin.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() < SINGLE_TOLERANCE, name
+
+
+def test_exports():
+    module = HyperLSTM(SIZE, HIDDEN, **SMALL).eval()
+    x = torch.randn(4, 2, SIZE)
+    with torch.no_grad():
+        assert same(torch.export.export(module, (x,)).module()(x), module(x))
+
+
+@over(ONE_OF_EACH)
+def test_autocast(cls, flags):
+    module = cls(SIZE, HIDDEN, **(SMALL | flags))
+    x = torch.randn(4, 4, SIZE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = module(x)[0]
+    output.float().square().sum().backward()
+    exact = module(x)[0]
+    assert (output - exact).abs().max() < 0.05  # bfloat16 has 8 bits
+    for name, param in module.named_parameters():
+        assert param.grad.dtype == torch.float32, name
+        assert torch.isfinite(param.grad).all(), name
+
+
+@pytest.mark.parametrize("cls", [HyperLSTM, HyperRNN])
+def test_inference_modes_have_the_outputs_of_training(cls):
+    module = cls(SIZE, HIDDEN, **SMALL)
+    x = torch.randn(TIME, BATCH, SIZE)
+    expected = module(x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert same(module(x), expected)
+
+
+def test_ddp(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        module = HyperLSTM(SIZE, HIDDEN, **SMALL)
+        twin = copy.deepcopy(module)
+        wrapped = nn.parallel.DistributedDataParallel(twin)
+        x = torch.randn(TIME, BATCH, SIZE)
+        for model in (module, wrapped):
+            model(x)[0].square().sum().backward()
+        for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_ten_thousand_steps_of_streaming():
+    module = HyperLSTM(SIZE, HIDDEN, **SMALL).eval()
+    state = None
+    with torch.no_grad():
+        for step in torch.randn(10_000, 1, 1, SIZE):
+            output, state = module(step, state)
+    assert torch.isfinite(output).all()
+    assert all(torch.isfinite(s).all() for s in state)
+
+
+@pytest.mark.parametrize("flags", [{}, {"layer_norm": True}], ids=str)
+def test_learns_to_remember(flags):
+    """The first of eight inputs has to be told at the end, which needs the memory."""
+    torch.manual_seed(0)
+    module = nn.ModuleList([HyperLSTM(2, 16, hyper_size=8, **flags), nn.Linear(16, 2)])
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
+    for _ in range(120):
+        bits = torch.randint(2, (8, 32))
+        logits = module[1](module[0](F.one_hot(bits, 2).float())[0][-1])
+        loss = F.cross_entropy(logits, bits[0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
