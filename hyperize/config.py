@@ -59,6 +59,12 @@ class HyperConfig:
             slice per channel of a tile. The paper takes the input channels, 1 (arXiv 1609.09106,
             sec. 3.1); 0 is the same form transposed, writes a weight in its memory order and is
             faster.
+        lstm: What becomes of the nn.LSTM layers: "static" generates their weights, "dynamic" puts a
+            HyperLSTM in their place (and a HyperRNN in that of nn.RNN layers), which has more
+            parameters and no dense equivalent. A mapping from globs over module paths to the two
+            mixes them; the first that matches decides, and "static" is the rest.
+        lstm_options: Of the dynamic layers: `hyper_size`, `embedding_dim`, `layer_norm`,
+            `recurrent_dropout`, as in `HyperLSTM`.
         seed: Seed of the initial hypernetwork and embeddings. `None` takes it from the state of
             torch's global generator, which is read and not advanced.
 
@@ -75,12 +81,16 @@ class HyperConfig:
     hidden_dim: int | None = None
     tile: Tile | tuple[tuple[str, Tile], ...] | Mapping[str, Tile] | None = None
     trunk_axis: Literal[0, 1] = 0
+    lstm: str | tuple[tuple[str, str], ...] | Mapping[str, str] = "static"
+    lstm_options: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("targets", "include", "exclude"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         object.__setattr__(self, "tile", _tile(self.tile))
+        object.__setattr__(self, "lstm", _forms(self.lstm))
+        object.__setattr__(self, "lstm_options", _options(self.lstm_options))
         for name in ("max_params", "embedding_dim", "hidden_dim"):
             value = getattr(self, name)
             if value is not None and not _positive(value):
@@ -168,6 +178,8 @@ class HyperConfig:
             data["tile"] = {kernel: list(pair) for kernel, pair in by_kernel.items()}
         elif self.tile is not None:
             data["tile"] = list(self.tile)
+        data["lstm"] = self.lstm if isinstance(self.lstm, str) else dict(self.lstm)
+        data["lstm_options"] = dict(self.lstm_options)
         return data
 
     def to_json(self) -> str:
@@ -211,6 +223,40 @@ def _strings(name: str, value: Any) -> tuple[str, ...]:
     ):
         raise ConfigError(f"{name} must be a string or a sequence of strings, got {value!r}.")
     return tuple(sorted(values)) if isinstance(values, (set, frozenset)) else tuple(values)
+
+
+_FORMS = ("static", "dynamic")
+
+
+def _forms(value: Any) -> str | tuple[tuple[str, str], ...]:
+    """`HyperConfig.lstm` in canonical form: one of the two, or pairs of (glob, one of the two)."""
+    if isinstance(value, str) and value in _FORMS:
+        return value
+    rule = (
+        'lstm must be "static", "dynamic", or a mapping from globs to these as '
+        f'{{"decoder.*": "dynamic"}}, got {value!r}.'
+    )
+    try:
+        pairs = tuple(dict(value).items())
+    except (TypeError, ValueError) as error:
+        raise ConfigError(rule) from error
+    if not pairs or not all(isinstance(glob, str) and form in _FORMS for glob, form in pairs):
+        raise ConfigError(rule)
+    return pairs
+
+
+def _options(value: Any) -> tuple[tuple[str, Any], ...]:
+    """`HyperConfig.lstm_options` in canonical form; their values are checked by HyperLSTM."""
+    try:
+        pairs = tuple(sorted(dict(value).items()))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lstm_options must be a mapping, got {value!r}.") from error
+    known = ("hyper_size", "embedding_dim", "layer_norm", "recurrent_dropout")
+    if unknown := [name for name, _ in pairs if name not in known]:
+        raise ConfigError(
+            f"lstm_options has no {unknown[0]!r}; the options are {', '.join(known)}."
+        )
+    return pairs
 
 
 def _tile(value: Any) -> Tile | tuple[tuple[str, Tile], ...] | None:

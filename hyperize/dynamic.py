@@ -16,6 +16,7 @@ after it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -466,7 +467,8 @@ class _Cell(nn.Module):
         """Draws the parameters anew, as HyperLSTMCell describes."""
         for recurrent in (self.weight_hh, self.hyper_weight_hh):
             for gate in recurrent.chunk(self.gates):
-                nn.init.orthogonal_(gate)
+                single = torch.empty_like(gate, dtype=torch.float32)  # half has no decomposition
+                gate.copy_(nn.init.orthogonal_(single))
         for weight in (self.weight_ih, self.hyper_weight_ih):
             for gate in weight.chunk(self.gates):
                 nn.init.xavier_uniform_(gate)
@@ -855,6 +857,8 @@ class _Recurrent(nn.Module):
             for width in widths
             for _ in range(directions)
         )
+        first = self._cell(0)
+        self.hyper_size, self.embedding_dim = first.hyper_size, first.embedding_dim
 
     def _cell(self, at: int) -> _Cell:
         return cast(_Cell, self.cells[at])
@@ -1100,3 +1104,25 @@ class HyperRNN(_Recurrent):
         """
         output, (h,) = self._run(input, hx)
         return output, h
+
+
+def dynamic_twin(
+    layer: nn.RNNBase, options: Mapping[str, Any], device: torch.device | str
+) -> HyperLSTM | HyperRNN:
+    """A freshly drawn HyperLSTM for an nn.LSTM, or HyperRNN for an nn.RNN.
+
+    Args:
+        layer: The dense layer, without a projection; only its sizes, dtype and flags are read.
+        options: `HyperConfig.lstm_options`; an RNN has no recurrent dropout, so it is left out.
+        device: Of the parameters.
+    """
+    flags = {
+        name: getattr(layer, name)
+        for name in ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    }
+    flags |= {"device": device, "dtype": layer.get_parameter("weight_ih_l0").dtype}
+    if isinstance(layer, nn.LSTM):
+        return HyperLSTM(layer.input_size, layer.hidden_size, **flags, **options)
+    rest = {name: value for name, value in options.items() if name != "recurrent_dropout"}
+    flags["nonlinearity"] = layer.nonlinearity
+    return HyperRNN(layer.input_size, layer.hidden_size, **flags, **rest)

@@ -59,11 +59,12 @@ class HyperNet(nn.Module):
             # Made on meta, as nn.Linear's own initialisation would draw from the global generator.
             return nn.Linear(n_in, n_out, device="meta", dtype=dtype).to_empty(device=device)
 
-        self.trunk = empty(plan.embedding_dim, plan.lead * plan.hidden_dim)
+        sites = len(plan.sites)
+        if sites:  # a plan may have dynamic layers only
+            self.trunk = empty(plan.embedding_dim, plan.lead * plan.hidden_dim)
         self.heads = nn.ModuleDict(
             {head.kernel: empty(plan.hidden_dim, head.width) for head in plan.heads}
         )
-        sites = len(plan.sites)
         self.register_buffer("scale", torch.ones(sites, dtype=dtype, device=device))
         self.register_buffer("offset", torch.zeros(sites, dtype=dtype, device=device))
 

@@ -28,7 +28,7 @@ import numpy as np
 from torch import nn
 
 from hyperize.config import BudgetError, ConfigError, HyperConfig, Tile
-from hyperize.sites import Found, Site, Skip, Untargeted, find_sites
+from hyperize.sites import DynamicSite, Found, Site, Skip, Untargeted, find_sites
 
 __all__ = ["Plan", "make_plan"]
 
@@ -105,6 +105,7 @@ class Plan:
     Attributes:
         config: The request.
         sites: What is generated, in order.
+        dynamic: Recurrent layers in whose place a dynamic hypernetwork comes.
         skips: Targets that stay dense, with reasons.
         untargeted: Layers of known kinds that are not targets.
         order: How the sites were found.
@@ -121,6 +122,7 @@ class Plan:
 
     config: HyperConfig
     sites: tuple[PlannedSite, ...]
+    dynamic: tuple[DynamicSite, ...]
     skips: tuple[Skip, ...]
     untargeted: tuple[Untargeted, ...]
     order: str
@@ -136,8 +138,9 @@ class Plan:
 
     @property
     def dense_params(self) -> int:
-        """Weights that are generated."""
-        return sum(planned.site.dense_params for planned in self.sites)
+        """Parameters of the dense model that are rewritten: generated weights, dynamic layers."""
+        generated = sum(planned.site.dense_params for planned in self.sites)
+        return generated + sum(site.dense_params for site in self.dynamic)
 
     @property
     def tiles(self) -> int:
@@ -157,8 +160,9 @@ class Plan:
 
     @property
     def hyper_params(self) -> int:
-        """Parameters of the hypernetwork and all embeddings."""
-        return self.hypernet_params + self.embedding_params
+        """Parameters of the hypernetwork, all embeddings and the dynamic layers."""
+        dynamic = sum(site.hyper_params for site in self.dynamic)
+        return self.hypernet_params + self.embedding_params + dynamic
 
     @property
     def compression(self) -> float:
@@ -222,6 +226,10 @@ class Plan:
                 | {
                     "config": HyperConfig.from_dict(data["config"]),
                     "sites": tuple(sites),
+                    "dynamic": tuple(
+                        DynamicSite(**{k: _tuple(v) for k, v in site.items()})
+                        for site in data["dynamic"]
+                    ),
                     "skips": tuple(Skip(**skip) for skip in data["skips"]),
                     "untargeted": tuple(Untargeted(**kind) for kind in data["untargeted"]),
                     "heads": tuple(Head(**head) for head in data["heads"]),
@@ -234,8 +242,8 @@ class Plan:
     def __str__(self) -> str:
         kernels = Counter(planned.grid.kernel for planned in self.sites)
         nz, d = self.embedding_dim, self.hidden_dim
-        lines = [
-            f"{len(self.sites)} weights in {self.tiles:,} tiles, {self.order}",
+        lines = [f"{len(self.sites)} weights in {self.tiles:,} tiles, {self.order}"]
+        generator = [
             f"trunk   {nz} -> {self.lead} x {d}   {self.lead * d * (nz + 1):,} parameters",
             *(
                 f"head    {d} -> {h.trail} x {h.kernel}   {h.width * (d + 1):,} parameters, "
@@ -243,6 +251,14 @@ class Plan:
                 for h in self.heads
             ),
             f"tiles   {self.tiles:,} embeddings of {nz}   {self.embedding_params:,} parameters",
+        ]
+        lines += generator if self.sites else []
+        lines += [
+            f"dynamic {site.path or 'the model'}: {site.kind}, {site.dense_params:,} -> "
+            f"{site.hyper_params:,} parameters"
+            for site in self.dynamic
+        ]
+        lines += [
             f"total   {self.dense_params:,} -> {self.hyper_params:,}, "
             f"compression {self.compression:.2f}; whole model {self.total_params:,} -> "
             f"{self.total_hyper_params:,}",
@@ -276,8 +292,10 @@ def make_plan(model: nn.Module, config: HyperConfig | None = None, **overrides: 
     """
     config = _config(config, overrides)
     found = _tiled(find_sites(model, config), config)
-    if not found.sites:
+    if not found.sites and not found.dynamic:
         raise ConfigError(_nothing_found(found, config))
+    if not found.sites:
+        return replace(_dynamic_plan(found, config), model=type(model).__name__)
     shapes = Counter(site.shape for site in found.sites)
     choice = _search(shapes, found, config)
     return replace(_plan(found, config, choice), model=type(model).__name__)
@@ -351,7 +369,7 @@ class _Budget:
 
 def _search(shapes: Mapping[tuple[int, ...], int], found: Found, config: HyperConfig) -> _Choice:
     """The first geometry, from the preferred one on, that meets the request with room to spare."""
-    budget = _Budget(config, found.total_params)
+    budget = _Budget(config, found.total_params + _growth(found))
     if config.max_params is not None and config.max_params >= found.total_params:
         raise BudgetError(
             f"max_params={config.max_params:,} is no less than the {found.total_params:,} "
@@ -559,7 +577,7 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
             reason = f"would grow: too few {kernel} weights for an output layer of their own"
             skips.append(Skip(site.name, reason, site.dense_params))
     host = sites[0].site.path if found.host else ""
-    notes = []
+    notes = _dynamic_notes(found)
     if not choice.met:
         notes.append(
             f"compression {config.compression:g} was not asked of these explicit sizes and is not "
@@ -568,6 +586,7 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
     return Plan(
         config=config,
         sites=tuple(sites),
+        dynamic=found.dynamic,
         skips=tuple(skips),
         untargeted=found.untargeted,
         order=found.order,
@@ -580,6 +599,50 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
         total_bytes=found.total_bytes,
         notes=tuple(notes),
     )
+
+
+def _dynamic_plan(found: Found, config: HyperConfig) -> Plan:
+    """The plan of a model in which nothing is generated, and layers are made dynamic."""
+    total = found.total_params + _growth(found)
+    if config.max_params is not None and total > config.max_params:
+        raise BudgetError(
+            f"max_params={config.max_params:,} cannot be met: dynamic layers have more parameters "
+            f"than the dense ones, {total:,} in the whole model instead of {found.total_params:,}."
+        )
+    return Plan(
+        config=config,
+        sites=(),
+        dynamic=found.dynamic,
+        skips=found.skips,
+        untargeted=found.untargeted,
+        order=found.order,
+        host=found.host,
+        lead=0,
+        heads=(),
+        embedding_dim=0,
+        hidden_dim=0,
+        total_params=found.total_params,
+        total_bytes=found.total_bytes,
+        notes=tuple(_dynamic_notes(found)),
+    )
+
+
+def _growth(found: Found) -> int:
+    return sum(site.growth for site in found.dynamic)
+
+
+def _dynamic_notes(found: Found) -> list[str]:
+    if not found.dynamic:
+        return []
+    before, after = (
+        sum(getattr(site, side) for site in found.dynamic)
+        for side in ("dense_params", "hyper_params")
+    )
+    change = "grow" if after > before else "go"
+    return [
+        f"the dynamic layers ({len(found.dynamic)}) {change} from {before:,} to {after:,} "
+        "parameters; their weights depend on the input, so they have no dense equivalent"
+    ]
 
 
 def _tiled(found: Found, config: HyperConfig) -> Found:
@@ -645,7 +708,7 @@ def _unreachable(best: _Choice, found: Found, config: HyperConfig) -> str:
         if found.untargeted:
             kinds = ", ".join(repr(u.kind) for u in found.untargeted)
             advice += f", or add targets ({kinds})"
-        least = found.total_params - best.dense + best.hyper
+        least = found.total_params + _growth(found) - best.dense + best.hyper
         return (
             f"max_params={config.max_params:,} cannot be met: this model can have {least:,} (at "
             f"{at}) to {found.total_params - 1:,} parameters with the targets "

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from hyperize.dynamic import HyperLSTM, HyperRNN
 from hyperize.hypernet import HyperNet
 from hyperize.layers import EMBEDDING
 from hyperize.planning import Plan, PlannedSite
 from hyperize.rewrite import find_hypernet, generated_layers
-from hyperize.sites import Skip, Untargeted, tensor_bytes
+from hyperize.sites import HYPERNET, DynamicSite, Skip, Untargeted, tensor_bytes
 
 __all__ = ["Report", "report"]
 
@@ -27,13 +28,13 @@ WIDTH = 80
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One generated weight.
+    """One generated weight, or one dynamic layer.
 
     Attributes:
         path: Path of the layer.
-        param: Name of the parameter.
-        kind: Kind of layer.
-        shape: Shape of the weight.
+        param: Name of the parameter; empty for a dynamic layer, of which all are counted.
+        kind: Kind of layer; "lstm, dynamic" or "rnn, dynamic" for those.
+        shape: Shape of the weight; empty for a dynamic layer.
         dense_params: Number of weights.
         hyper_params: Parameters of its embeddings; the hypernetwork is shared and not in here.
     """
@@ -156,9 +157,9 @@ class Report:
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
-                f"{row.path}.{row.param}" if row.path else row.param,
+                ".".join(name for name in (row.path, row.param) if name) or self.model,
                 row.kind,
                 "x".join(map(str, row.shape)),
                 f"{row.dense_params:,}",
@@ -167,7 +168,8 @@ class Report:
             )
             for row in self.sites
         ]
-        return [*rows, ("hypernet (shared)", "", "", "", f"{self.hypernet_params:,}", "")]
+        shared = ("hypernet (shared)", "", "", "", f"{self.hypernet_params:,}", "")
+        return [*rows, shared] if self.hypernet_params else rows
 
     def _totals(self) -> list[tuple[str, ...]]:
         pairs = {
@@ -182,7 +184,7 @@ class Report:
 
     def _remarks(self) -> list[str]:
         remarks = [
-            f"generated: {len(self.sites)}, {self.order}",
+            f"rewritten: {len(self.sites)}, {self.order}",
             f"generator: {self.generator_macs:,} multiply-adds per forward pass",
         ]
         weights: Counter[str] = Counter()
@@ -218,14 +220,15 @@ def report(hyper_or_plan: nn.Module | Plan) -> Report:
 def _of_plan(plan: Plan) -> Report:
     itemsizes = [planned.site.itemsize for planned in plan.sites]
     # The hypernetwork has the widest of the sites' dtypes, and two constants per site.
-    shared = (plan.hypernet_params + 2 * len(plan.sites)) * max(itemsizes)
+    shared = (plan.hypernet_params + 2 * len(plan.sites)) * max(itemsizes, default=0)
     change = sum(
         (planned.hyper_params - planned.site.dense_params) * size
         for planned, size in zip(plan.sites, itemsizes, strict=True)
-    )
+    ) + sum(site.growth * site.itemsize for site in plan.dynamic)
+    dynamic = (_dynamic_row(site, site.hyper_params) for site in plan.dynamic)
     return Report(
         model=plan.model,
-        sites=tuple(_row(planned, planned.hyper_params) for planned in plan.sites),
+        sites=(*(_row(planned, planned.hyper_params) for planned in plan.sites), *dynamic),
         skipped=plan.skips,
         untargeted=plan.untargeted,
         hypernet_params=plan.hypernet_params,
@@ -257,6 +260,19 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
         rows.append(_row(planned, embedding.numel()))
         macs += plan.macs_of(planned)
         dense_bytes += (site.dense_params - embedding.numel()) * embedding.element_size()
+    for dynamic in plan.dynamic:
+        try:
+            module = model.get_submodule(dynamic.path)
+        except AttributeError:
+            module = nn.Identity()
+        if not isinstance(module, (HyperLSTM, HyperRNN)):
+            reason = "replaced by another layer since the rewrite"
+            replaced.append(Skip(dynamic.path, reason, dynamic.dense_params))
+            continue
+        params = [p for name, p in module.named_parameters() if not name.startswith(HYPERNET)]
+        count = sum(p.numel() for p in params)
+        rows.append(_dynamic_row(dynamic, count))
+        dense_bytes += (dynamic.dense_params - count) * params[0].element_size()
     hypernet_params = sum(p.numel() for p in hypernet.parameters())
     hyper_params = hypernet_params + sum(row.hyper_params for row in rows)
     others = sum(p.numel() for p in model.parameters()) - hyper_params
@@ -273,6 +289,10 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
         order=plan.order,
         notes=plan.notes,
     )
+
+
+def _dynamic_row(site: DynamicSite, hyper_params: int) -> SiteRow:
+    return SiteRow(site.path, "", f"{site.kind}, dynamic", (), site.dense_params, hyper_params)
 
 
 def _row(planned: PlannedSite, hyper_params: int) -> SiteRow:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperize.config import HyperConfig, ModelError
+from hyperize.dynamic import HyperLSTM, HyperRNN, dynamic_twin
 from hyperize.hypernet import HyperNet, moments
 from hyperize.layers import EMBEDDING, Generated, densify_params, generate_params
 from hyperize.planning import Plan, PlannedSite, make_plan
@@ -66,10 +67,14 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
 
     Raises:
         ModelError: The model does not have the plan's layers and shapes, holds weights that are
-            not finite, or cannot be copied.
+            not finite, cannot be copied, or is itself a recurrent layer to be replaced in place.
     """
+    twins = _dynamic_twins(model, plan, inplace)
     weights = [_planned_weight(model, planned) for planned in plan.sites]
-    hypernet = HyperNet(plan, _widest(weights), weights[0].device)
+    if weights:
+        hypernet = HyperNet(plan, _widest(weights), weights[0].device)
+    else:
+        hypernet = HyperNet(plan, device=next(twins[0].parameters()).device)
     with torch.no_grad():
         embeddings = _initialise(hypernet, weights, _generator(plan.config.seed))
     if not inplace:
@@ -81,6 +86,13 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             indices,
             hypernet,
         )
+    for site, twin in zip(plan.dynamic, twins, strict=True):
+        twin.train(model.get_submodule(site.path).training)
+        if site.path == "":
+            model = twin
+        for path in (site.path, *site.aliases) if site.path else ():
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = twin
     model.get_submodule(plan.host).add_module(HYPERNET, hypernet.train(model.training))
     return model
 
@@ -97,9 +109,10 @@ def to_dense(hyper: nn.Module, *, inplace: bool = False) -> nn.Module:
         nothing of hyperize left: its state dict loads strictly into a fresh original.
 
     Raises:
-        ModelError: The model is not hyperized, is wrapped or sharded, or cannot be copied.
+        ModelError: The model is not hyperized, is wrapped or sharded, cannot be copied, or has
+            dynamic layers.
     """
-    host, _ = find_hypernet(hyper)
+    host, _ = _convertible(hyper)
     if not inplace:
         hyper = _copy(hyper)
     return _densify(hyper, host)
@@ -115,7 +128,7 @@ def dense_state_dict(hyper: nn.Module) -> dict[str, Tensor]:
     Raises:
         ModelError: As in `to_dense`.
     """
-    host, _ = find_hypernet(hyper)
+    host, _ = _convertible(hyper)
     return _densify(structural_copy(hyper, lambda tensor: tensor), host).state_dict()
 
 
@@ -165,6 +178,54 @@ def _dense_parameter(layer: Generated, name: str) -> nn.Parameter:
     return nn.Parameter(layer.generate(name).clone(), requires_grad=trains)
 
 
+def _convertible(hyper: nn.Module) -> tuple[str, HyperNet]:
+    """`find_hypernet` of a model that has a dense equivalent."""
+    host, hypernet = find_hypernet(hyper)
+    dynamic = [path for path, m in hyper.named_modules() if isinstance(m, (HyperLSTM, HyperRNN))]
+    planned = {site.path for site in hypernet.plan.dynamic}
+    if found := [path or "the model itself" for path in dynamic if path in planned]:
+        raise ModelError(
+            f"{', '.join(found)} is a dynamic hypernetwork (HyperLSTM, HyperRNN): its weights "
+            "depend on the input, so it has no dense equivalent. Save and run the hyperized model "
+            'as it is, or hyperize with lstm="static".'
+        )
+    return host, hypernet
+
+
+def _dynamic_twins(model: nn.Module, plan: Plan, inplace: bool) -> list[HyperLSTM | HyperRNN]:
+    """A freshly drawn layer for each that the plan makes dynamic."""
+    layers = []
+    for site in plan.dynamic:
+        try:
+            layer = model.get_submodule(site.path)
+        except AttributeError as error:
+            raise ModelError(f"the plan names {site.path}, which the model lacks.") from error
+        if not isinstance(layer, (nn.LSTM, nn.RNN)):
+            raise ModelError(
+                f"the plan makes {site.path or 'the model'!r} dynamic, which is a "
+                f"{type(layer).__name__} and not an nn.LSTM or nn.RNN."
+            )
+        if site.path == "" and inplace:
+            raise ModelError(
+                "the model is itself the recurrent layer to be replaced, which cannot be done in "
+                "place; use the model that hyperize() returns without inplace=True."
+            )
+        layers.append(layer)
+    options = dict(plan.config.lstm_options)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.set_state(_generator(plan.config.seed).get_state())
+        twins = []
+        for layer in layers:
+            device = next(layer.parameters()).device
+            # Drawn on the CPU, so that a seed gives the same everywhere
+            drawn = dynamic_twin(layer, options, "meta" if device.type == "meta" else "cpu")
+            twins.append(drawn.to(device))
+    for site, twin in zip(plan.dynamic, twins, strict=True):
+        if sum(p.numel() for p in twin.parameters()) != site.hyper_params:
+            raise ModelError(f"{site.path or 'the model'!r} has other sizes than the plan's.")
+    return twins
+
+
 def _planned_weight(model: nn.Module, planned: PlannedSite) -> nn.Parameter:
     site = planned.site
     try:
@@ -188,6 +249,8 @@ def _initialise(
     """
     sites = hypernet.plan.sites
     shapes = [(planned.grid.tiles, hypernet.embedding_dim) for planned in sites]
+    if not weights:
+        return []
     if weights[0].is_meta:
         return [
             nn.Parameter(torch.empty_like(weight).new_empty(shape))

@@ -28,6 +28,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from hyperize.config import ConfigError, HyperConfig, ModelError
+from hyperize.dynamic import dynamic_twin
 from hyperize.layers import EMBEDDING, Generated, registered_kinds, spec_of
 
 __all__: list[str] = []
@@ -74,6 +75,32 @@ class Site:
 
 
 @dataclass(frozen=True)
+class DynamicSite:
+    """A recurrent layer to put a dynamic hypernetwork in the place of.
+
+    Attributes:
+        path: Path of the layer in the model.
+        kind: "lstm" or "rnn".
+        dense_params: Parameters of the layer.
+        hyper_params: Parameters of its HyperLSTM or HyperRNN.
+        itemsize: Bytes of one of them.
+        aliases: The layer's other paths.
+    """
+
+    path: str
+    kind: str
+    dense_params: int
+    hyper_params: int
+    itemsize: int = 4
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def growth(self) -> int:
+        """Parameters that are added."""
+        return self.hyper_params - self.dense_params
+
+
+@dataclass(frozen=True)
 class Skip:
     """A target that stays dense.
 
@@ -109,6 +136,7 @@ class Found:
 
     Attributes:
         sites: In the order of the forward pass as far as the graph shows it.
+        dynamic: Recurrent layers to make dynamic, likewise.
         skips: Targets that stay dense.
         untargeted: Layers of known kinds that are not targets.
         order: How the sites were found and ordered, as a sentence.
@@ -118,6 +146,7 @@ class Found:
     """
 
     sites: tuple[Site, ...]
+    dynamic: tuple[DynamicSite, ...]
     skips: tuple[Skip, ...]
     untargeted: tuple[Untargeted, ...]
     order: str
@@ -131,7 +160,7 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
 
     Args:
         model: A plain model, on any device, meta too.
-        config: `targets`, `include` and `exclude` are used.
+        config: `targets`, `include`, `exclude` and `lstm` are used.
 
     Raises:
         ModelError: The model, or a selected layer, is of a kind that cannot be rewritten.
@@ -143,7 +172,13 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
     layers = {names[0]: module for module, names in paths.items() if spec_of(type(module))}
-    targets = {path: m for path, m in layers.items() if _kind(m) in config.targets}
+    kinds = set(config.targets)
+    if config.lstm != "static" and "lstm" in kinds:
+        dynamic_of = {path: m for path, m in layers.items() if _is_dynamic(m, paths[m], config)}
+        _check_forms(config, [paths[m] for m in layers.values() if _kind(m) in _DYNAMIC_KINDS])
+    else:
+        dynamic_of = {}
+    targets = {p: m for p, m in layers.items() if _kind(m) in kinds or p in dynamic_of}
     _check_patterns(config, paths, targets.values())
     included = {p: m for p, m in targets.items() if _matches(paths[m], config.include)}
     selected = {p: m for p, m in included.items() if not _matches(paths[m], config.exclude)}
@@ -151,6 +186,7 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
 
     owners = _owners(model)
     sites: list[Site] = []
+    dynamic: list[DynamicSite] = []
     skips: list[Skip] = []
     ordered, order = _order(model, targets)
     for path in ordered:
@@ -158,6 +194,23 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
         if path not in selected:
             reason = "excluded" if path in included else "not included"
             skips.append(Skip(path, reason, _weights(module)))
+            continue
+        if path in dynamic_of:
+            assert isinstance(module, nn.RNNBase)
+            if obstacle := _dynamic_obstacle(module, owners):
+                skips.append(Skip(path, obstacle, _weights(module)))
+            else:
+                twin = dynamic_twin(module, dict(config.lstm_options), "meta")
+                dynamic.append(
+                    DynamicSite(
+                        path=path,
+                        kind=_kind(module),
+                        dense_params=sum(p.numel() for p in module.parameters()),
+                        hyper_params=sum(p.numel() for p in twin.parameters()),
+                        itemsize=next(module.parameters()).element_size(),
+                        aliases=tuple(paths[module][1:]),
+                    )
+                )
             continue
         for param in _params(module):
             weight = getattr(module, param)
@@ -168,7 +221,8 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
                 skips.append(Skip(site.name, obstacle, weight.numel()))
             else:
                 sites.append(site)
-    host = sites[0].path if sites and _runs_its_children(model) else ""
+    rewritten = [*(site.path for site in sites), *(site.path for site in dynamic)]
+    host = rewritten[0] if rewritten and _runs_its_children(model) else ""
     _check_host(model.get_submodule(host))
     _check_devices(model, sites)
     untargeted: dict[str, list[int]] = {}
@@ -177,6 +231,7 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
             untargeted.setdefault(_kind(module), []).append(_weights(module))
     return Found(
         sites=tuple(sites),
+        dynamic=tuple(dynamic),
         skips=tuple(skips),
         untargeted=tuple(Untargeted(k, len(n), sum(n)) for k, n in untargeted.items()),
         order=order,
@@ -374,6 +429,31 @@ def _obstacle(module: nn.Module, param: str, owners: dict[int, list[str]]) -> st
     return None
 
 
+_DYNAMIC_KINDS = ("lstm", "rnn")
+
+
+def _is_dynamic(module: nn.Module, paths: list[str], config: HyperConfig) -> bool:
+    """Whether `config.lstm` makes a layer dynamic."""
+    if _kind(module) not in _DYNAMIC_KINDS:
+        return False
+    if isinstance(config.lstm, str):
+        return config.lstm == "dynamic"
+    forms = (form for glob, form in dict(config.lstm).items() if _matches(paths, [glob]))
+    return next(forms, "static") == "dynamic"
+
+
+def _dynamic_obstacle(layer: nn.RNNBase, owners: dict[int, list[str]]) -> str | None:
+    """Why a recurrent layer cannot be made dynamic, or None."""
+    if type(layer) not in (nn.LSTM, nn.RNN):
+        return f"a subclass ({type(layer).__name__}), whose own code would be lost"
+    if layer.proj_size:
+        return "proj_size has no dynamic form"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "has hooks, which would be lost"
+    obstacles = (_obstacle(layer, name, owners) for name in layer._parameters)
+    return next((obstacle for obstacle in obstacles if obstacle), None)
+
+
 def _matches(paths: Iterable[str], patterns: Iterable[str]) -> bool:
     """Whether a pattern matches one of a layer's paths, or a module that the layer is part of."""
     prefixes = set(paths)
@@ -458,6 +538,17 @@ def _check_layers(selected: dict[str, nn.Module]) -> None:
                     f"{type(module).__name__} at {path or 'the root'!r} has no parameter "
                     f"{param!r}, which its LayerSpec names; correct the LayerSpec's params."
                 )
+
+
+def _check_forms(config: HyperConfig, layers: list[list[str]]) -> None:
+    """Each glob of `config.lstm` has to match a recurrent layer."""
+    globs = [] if isinstance(config.lstm, str) else list(dict(config.lstm))
+    for glob in globs:
+        if not any(_matches(paths, [glob]) for paths in layers):
+            names = [path for paths in layers for path in paths]
+            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.5)
+            hint = f"; near misses: {', '.join(near)}" if near else ""
+            raise ConfigError(f"lstm pattern {glob!r} matches no nn.LSTM or nn.RNN{hint}.")
 
 
 def _check_targets(config: HyperConfig) -> None:

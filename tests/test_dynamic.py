@@ -8,11 +8,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import count, same
+from models import CRNN, count, same
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from hyperize import ConfigError, HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
+from hyperize import (
+    BudgetError,
+    ConfigError,
+    HyperConfig,
+    HyperLSTM,
+    HyperLSTMCell,
+    HyperRNN,
+    HyperRNNCell,
+    ModelError,
+    dense_state_dict,
+    hyperize,
+    load,
+    make_plan,
+    report,
+    save,
+    to_dense,
+)
 
 TOLERANCE = 1e-6
 """Of the transcription, in float64: the issue's figure; the sums come in another order."""
@@ -493,3 +509,163 @@ def test_learns_to_remember(flags):
         loss.backward()
         optimizer.step()
     assert loss < 0.1
+
+
+# ------------------------------------------------------------------ hyperize(model, lstm="dynamic")
+
+OPTIONS = {"hyper_size": 16, "layer_norm": True}
+
+
+class Twice(nn.Module):
+    """One LSTM under two names, a second one, and an RNN."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.LSTM(SIZE, 24, batch_first=True)
+        self.again = self.encoder
+        self.decoder = nn.LSTM(24, 24, 2, batch_first=True, dropout=0.1)
+        self.tail = nn.RNN(24, SIZE, nonlinearity="relu", batch_first=True, bias=False)
+
+    def forward(self, x):
+        return self.tail(self.decoder(self.again(x)[0])[0])[0]
+
+
+def test_dynamic_layers_take_the_place_of_the_dense_ones():
+    model = CRNN().eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    rng = torch.get_rng_state()
+    hyper = hyperize(model, lstm="dynamic", lstm_options=OPTIONS, compression=2)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert type(hyper) is CRNN
+    assert type(hyper.lstm) is HyperLSTM
+    assert not hyper.lstm.training
+    for name in ("input_size", "hidden_size", "num_layers", "bidirectional", "batch_first"):
+        assert getattr(hyper.lstm, name) == getattr(model.lstm, name)
+    assert hyper.lstm.hyper_size == 16
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    x = torch.randn(2, 1, 8, 16)
+    assert hyper(x).shape == model(x).shape
+    hyper(x).square().sum().backward()
+    for name, param in hyper.named_parameters():
+        assert param.grad is not None, name
+
+
+def test_the_report_says_that_parameters_grew():
+    model = CRNN()
+    options = {"lstm": "dynamic", "compression": 2}
+    plan, hyper = make_plan(model, **options), hyperize(model, **options)
+    row = next(row for row in report(hyper).sites if row.path == "lstm")
+    assert row.kind == "lstm, dynamic"
+    assert row.dense_params == count(model.lstm)
+    assert row.hyper_params == count(hyper.lstm) > row.dense_params
+    for found in (report(plan), report(hyper)):
+        assert found.total_dense_params == count(model)
+        assert found.total_hyper_params == count(hyper)
+        assert found.compression == plan.compression < 1
+        assert "grow from" in str(found)
+    assert report(plan).to_dict() == report(hyper).to_dict()
+    static = [p for p in plan.sites if p.site.kind == "conv2d"]
+    assert sum(p.site.dense_params for p in static) >= 2 * (
+        plan.hypernet_params + plan.embedding_params
+    )
+
+
+def test_there_is_no_dense_equivalent():
+    hyper = hyperize(CRNN(), lstm="dynamic", compression=2)
+    for call in (to_dense, dense_state_dict):
+        with pytest.raises(ModelError, match=r"lstm is a dynamic.*depend on the input"):
+            call(hyper)
+    assert type(hyper.lstm) is HyperLSTM
+
+
+def test_static_and_dynamic_are_mixed_by_glob():
+    model = Twice()
+    hyper = hyperize(model, lstm={"enc*": "dynamic", "tail": "dynamic"}, compression=1.5)
+    assert type(hyper.encoder) is HyperLSTM
+    assert hyper.again is hyper.encoder
+    assert type(hyper.decoder) is not HyperLSTM
+    assert set(hyper.decoder.generated) == {
+        f"weight_{which}_l{layer}" for which in ("ih", "hh") for layer in (0, 1)
+    }
+    assert type(hyper.tail) is HyperRNN
+    assert hyper.tail.nonlinearity == "relu"
+    assert hyper.tail.bias is False
+    assert hyper(torch.randn(2, 4, SIZE)).shape == (2, 4, SIZE)
+    with pytest.raises(ModelError, match="encoder, tail"):
+        to_dense(hyper)
+
+
+@pytest.mark.parametrize("make_model", [CRNN, lambda: nn.Sequential(nn.RNN(SIZE, HIDDEN))])
+def test_dynamic_models_save_and_load(make_model, tmp_path):
+    hyper = hyperize(make_model(), lstm="dynamic", lstm_options=OPTIONS, compression=2).eval()
+    save(hyper, tmp_path / "hyper.safetensors")
+    again = load(make_model(), tmp_path / "hyper.safetensors").eval()
+    x = torch.randn(2, 1, 8, 16) if isinstance(hyper, CRNN) else torch.randn(3, 2, SIZE)
+    for twin in (again, copy.deepcopy(hyper), pickle.loads(pickle.dumps(hyper))):
+        assert same(twin(x), hyper(x))
+    with torch.device("meta"):
+        blank = make_model()
+    assert same(load(blank, tmp_path / "hyper.safetensors").eval()(x), hyper(x))
+
+
+def test_a_layer_alone_becomes_dynamic():
+    layer = nn.LSTM(SIZE, HIDDEN, batch_first=True)
+    hyper = hyperize(layer, lstm="dynamic", lstm_options=SMALL)
+    assert type(hyper) is HyperLSTM
+    assert hyper(torch.randn(2, 3, SIZE))[0].shape == (2, 3, HIDDEN)
+    assert report(hyper).total_hyper_params == count(hyper)
+    with pytest.raises(ModelError, match="in place"):
+        hyperize(layer, lstm="dynamic", inplace=True)
+    with pytest.raises(ModelError, match="itself is a dynamic"):
+        to_dense(hyper)
+
+
+def test_a_seed_gives_the_same_dynamic_layers():
+    one, again, two = (hyperize(Twice(), lstm="dynamic", seed=s).state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["encoder.cells.0.weight_hh"], two["encoder.cells.0.weight_hh"])
+
+
+def test_what_has_no_dynamic_form_stays_dense_with_the_reason():
+    class Own(nn.LSTM):
+        pass
+
+    model = nn.ModuleDict(
+        {
+            "good": nn.LSTM(SIZE, 24),
+            "projected": nn.LSTM(SIZE, 24, proj_size=4),
+            "own": Own(SIZE, 24),
+            "frozen": nn.LSTM(SIZE, 24).requires_grad_(False),
+        }
+    )
+    plan = make_plan(model, lstm="dynamic")
+    assert [site.path for site in plan.dynamic] == ["good"]
+    reasons = {skip.path: skip.reason for skip in plan.skips}
+    assert "proj_size" in reasons["projected"]
+    assert "Own" in reasons["own"]
+    assert "frozen" in reasons["frozen"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "word"),
+    [
+        ({"lstm": "dynamical"}, ConfigError, "static"),
+        ({"lstm": {"lstm": "other"}}, ConfigError, "static"),
+        ({"lstm": {"lsmt": "dynamic"}}, ConfigError, "near misses: lstm"),
+        ({"lstm": "dynamic", "lstm_options": {"size": 3}}, ConfigError, "hyper_size"),
+        ({"lstm": "dynamic", "lstm_options": {"hyper_size": 0}}, ConfigError, "hyper_size"),
+        ({"lstm": "dynamic", "max_params": 30_000}, BudgetError, "cannot be met"),
+    ],
+    ids=str,
+)
+def test_dynamic_requests_that_cannot_be_met(options, error, word):
+    model = CRNN()
+    with pytest.raises(error, match=word):
+        hyperize(model, **options)
+    assert type(model.lstm) is nn.LSTM
+
+
+def test_dynamic_configs_round_trip_through_json():
+    for form in ("dynamic", {"a.*": "dynamic", "b": "static"}):
+        config = HyperConfig(lstm=form, lstm_options=OPTIONS)
+        assert HyperConfig.from_json(config.to_json()) == config

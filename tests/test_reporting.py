@@ -25,7 +25,7 @@ targets, parameters          21,504    3,672    5.86
 whole model, parameters      22,929    5,097    4.50
 whole model, bytes on disk   91,716   20,412    4.49
 
-generated: 3, order of the torch.fx graph
+rewritten: 3, order of the torch.fx graph
 generator: 126,208 multiply-adds per forward pass
 skipped: 2.weight (8 weights): would grow: its embeddings are no smaller
 dense: 1 linear (1,056 weights): not a target
