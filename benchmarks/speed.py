@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 
-from hyperize import hyperize, make_plan
+from hyperize import HyperLSTM, hyperize, make_plan
 from hyperize.hypernet import HyperNet
 from hyperize.rewrite import find_hypernet, generated_layers
 
@@ -141,6 +141,25 @@ def planning(model: str, targets: tuple[str, ...], repeats: int) -> Row:
     return alternate(name, lambda: make_plan(meta, targets=targets), create, repeats)
 
 
+def recurrent(threads: int, compiled: bool, repeats: int, steps: int = 100) -> Row:
+    """Forward and backward of a HyperLSTM, against nn.LSTM of the same hidden size."""
+    hyper, dense = HyperLSTM(128, 512, hyper_size=128, embedding_dim=16), nn.LSTM(128, 512)
+    hyper_run = torch.compile(hyper) if compiled else hyper
+    x = torch.randn(steps, 32, 128, requires_grad=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    how = "compiled" if compiled else "eager"
+    try:
+        return alternate(
+            f"HyperLSTM(128, 512), T {steps}, batch 32, {how}, {threads} threads / nn.LSTM",
+            lambda: hyper_run(x)[0].sum().backward(),
+            lambda: dense(x)[0].sum().backward(),
+            repeats,
+        )
+    finally:
+        torch.set_num_threads(before)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
@@ -156,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda: rewriting("resnet10t", 4),
             lambda: planning("resnet50", ("conv2d",), 4),
             lambda: training_step("resnet10t", 4, 64, 4),
+            lambda: recurrent(1, False, 4, steps=10),
         )
     else:
         rows = (
@@ -164,6 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             lambda: planning("vit_7b_patch16_dinov3", ("conv2d", "linear"), 10),
             lambda: planning("efficientnet_l2", ("conv2d",), 10),
             lambda: training_step("resnet50", 32, 224, args.steps),
+            lambda: recurrent(1, False, 15),
+            lambda: recurrent(2, False, 15),
+            lambda: recurrent(1, True, 15),
+            lambda: recurrent(2, True, 15),
         )
     for row in rows:
         print(row(), flush=True)
