@@ -17,7 +17,9 @@ def test_python_blocks_run_in_order(tmp_path, monkeypatch, capsys):
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), namespace)
     assert "targets, parameters" in capsys.readouterr().out
-    assert namespace["output"].shape == (7, 3, 256)
+    assert namespace["output"].shape == (7, 3, 128)
+    h, c = namespace["state"]
+    assert (h.shape, c.shape) == ((2, 3, 128), (2, 3, 128 + 2 * 32))
 
 
 def test_ci_runs_the_readme_test_command():
