@@ -8,10 +8,6 @@ dense equivalent.
 
 One departure from the print, after the author's code: the scales of step t come from the small
 cell's output of step t, where eq. 6 and 11 print t - 1.
-
-A sequence runs in one operator with a backward pass written by hand: what does not depend on the
-recurrence is one product before the loop, and the gradients of the weights are one product each
-after it.
 """
 
 from __future__ import annotations
@@ -25,380 +21,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from hyperize.config import ConfigError
+from hyperize.recurrence import EPS, FORGET, WEIGHTS, hyper_lstm
 
 __all__ = ["HyperLSTM", "HyperLSTMCell", "HyperRNN", "HyperRNNCell"]
 
-EPS = 1e-3
-"""Of every layer norm, as in the author's code."""
 INITIAL_SCALE = 0.1
 """Of the main cell's weights at the start (the paper's app. A.2.2, after arXiv 1603.09025)."""
 BIAS_STD = 0.01
 """Of the weights that make the embeddings of the bias."""
-_CHUNK = 16
-"""Steps whose gradients of weights are one product."""
-_LONG = 8
-"""Steps from which on a weight is transposed in memory once: its products are faster then."""
-_I, _F, _G, _O = range(4)
-"""Order of the gates in every stacked parameter and buffer, that of nn.LSTM; g is the candidate."""
-
-
-# ------------------------------------------------------------------------- the HyperLSTM's operator
-#
-# Buffers of a sequence of T steps of a batch of N, with the small cell in the names' `hyper_`:
-#
-#     s  (T + 1, N, H + K)   h and the small cell's output, s[0] the initial ones
-#     c  (T + 1, N, H + K)   the memories of both, likewise
-#
-# The names of the weights, their shapes and equations are documented at HyperLSTMCell.
-
-_WEIGHTS = (
-    "weight_ih",
-    "weight_hh",
-    "bias",
-    "hyper_weight_ih",
-    "hyper_weight_hh",
-    "hyper_bias",
-    "hyper_ln_weight",
-    "hyper_ln_bias",
-    "embedding_weight",
-    "embedding_bias",
-    "scale_weight",
-    "ln_weight",
-    "ln_bias",
-)
-"""The parameters of a HyperLSTMCell, in the operator's order."""
-
-
-class _Sizes:
-    """Sizes of one call of the operator, told from its tensors."""
-
-    def __init__(self, x: Tensor, weights: list[Tensor]) -> None:
-        self.steps, self.batch, self.input = x.shape
-        self.hidden = weights[1].shape[1]
-        self.hyper = weights[4].shape[1]
-        self.parts, _, _, self.embedding = weights[10].shape
-        self.bias = weights[2].numel() > 0
-        self.layer_norm = weights[11].numel() > 0
-
-
-def _tape_shapes(z: _Sizes, save: bool) -> list[tuple[int, ...]]:
-    """Shapes of what the forward pass hands to the backward pass; one step of each if not saved."""
-    steps, n, h, k = (z.steps if save else 1), z.batch, z.hidden, z.hyper
-    norms = 1 if z.layer_norm else 0
-    return [
-        (z.steps, n, 4 * h),  # W_x x
-        (steps, n, 4 * h),  # W_h h
-        (steps, n, 4 * z.parts * z.embedding),  # the embeddings z
-        (steps, 4, n, h),  # gates
-        (steps, n, h),  # tanh of the (normalised) memory
-        (steps, n, 4, k),  # small cell: normalised preactivations
-        (steps, n, 4, 1),  # their inverse deviations
-        (steps, n, 4, k),  # its gates
-        (steps, n, k),  # its normalised memory
-        (steps, n, 1),  # the inverse deviation
-        (steps, n, k),  # tanh of it
-        (norms * steps, 4, n, h),  # main cell, if it has layer norms: as above
-        (norms * steps, 4, n, 1),
-        (norms * steps, n, h),
-        (norms * steps, n, 1),
-    ]
-
-
-def _normalise(x: Tensor, out: Tensor, rstd: Tensor) -> Tensor:
-    """Layer norm over the last axis without gain and bias; also writes the inverse deviation."""
-    normalised, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
-    rstd.copy_(inverse)
-    return out.copy_(normalised)
-
-
-def _normalise_backward(grad: Tensor, normalised: Tensor, rstd: Tensor) -> Tensor:
-    """Gradient of `_normalise`'s input."""
-    # The formula of the operator, whose input is normalised here already
-    zero, one = torch.zeros_like(rstd), torch.ones_like(rstd)
-    shape = list(grad.shape[-1:])
-    mask = [True, False, False]
-    backward = torch.ops.aten.native_layer_norm_backward
-    return backward(grad, normalised, shape, zero, one, None, None, mask)[0] * rstd
-
-
-@torch.library.custom_op("hyperize::hyper_lstm", mutates_args=())
-def _hyper_lstm(
-    x: Tensor, s0: Tensor, c0: Tensor, mask: Tensor, weights: list[Tensor], save: bool
-) -> list[Tensor]:
-    """Runs a sequence.
-
-    Args:
-        x: Inputs, (T, N, input).
-        s0: h and the small cell's output before the first step, (N, H + K).
-        c0: The memories of both, (N, H + K).
-        mask: Factors of the candidate, (T, N, H); empty for none.
-        weights: As in `_WEIGHTS`, empty tensors for those that the cell lacks.
-        save: Keep what the backward pass needs.
-
-    Returns:
-        s (T + 1, N, H + K), c (T + 1, N, H + K), and the tape.
-    """
-    z = _Sizes(x, weights)
-    steps, n, h, k = z.steps, z.batch, z.hidden, z.hyper
-    w_ih, w_hh, bias, u_ih, u_hh, u_bias, u_gain, u_shift, v, v_bias, scale, gain, shift = weights
-    tape = [x.new_empty(shape) for shape in _tape_shapes(z, save)]
-    xs, hs, zs, gates, tanhs, u_norm, u_rstd, u_gates, uc_norm, uc_rstd, u_tanhs = tape[:11]
-    norm, rstd, c_norm, c_rstd = tape[11:]
-    s, c = x.new_empty(steps + 1, n, h + k), x.new_empty(steps + 1, n, h + k)
-    s[0], c[0] = s0, c0
-
-    flat = x.reshape(steps * n, z.input)  # (T, N, input) -> (T * N, input)
-    torch.mm(flat, w_ih.t(), out=xs.view(steps * n, 4 * h))
-    # (T * N, 4 K) -> (T, N, 4 K)
-    u_xs = torch.mm(flat, u_ih[:, h:].t()).view(steps, n, 4 * k)
-    if z.bias:
-        u_xs += u_bias
-    long = steps >= _LONG
-    w_t = w_hh.t().contiguous() if long else w_hh.t()  # (H, 4 H)
-    u_t = torch.cat([u_ih[:, :h].t(), u_hh.t()])  # (H + K, 4 K)
-    v_t = v.t()  # (K, P * 4 * E)
-    # (P, 4, H, E) -> (P * 4, E, H)
-    scale_t = scale.view(-1, h, z.embedding).transpose(1, 2)
-    if long:
-        scale_t = scale_t.contiguous()
-    # The embeddings of the bias have no bias themselves
-    z_bias = F.pad(v_bias, (0, v.shape[0] - v_bias.shape[0]))
-
-    for t in range(steps):
-        at = t if save else 0
-        past, new_s, new_c = s[t], s[t + 1], c[t + 1]
-
-        # The small LSTM, with layer norm on its preactivations and on its memory
-        a = torch.addmm(u_xs[t], past, u_t)
-        a = _normalise(a.view(n, 4, k), u_norm[at], u_rstd[at])  # (N, 4 K) -> (N, 4, K)
-        a = torch.addcmul(u_shift[:4], a, u_gain[:4])
-        torch.sigmoid(a, out=u_gates[at])
-        torch.tanh(a[:, _G], out=u_gates[at][:, _G])
-        u_i, u_f, u_g, u_o = u_gates[at].unbind(1)
-        u_c = torch.mul(u_f, c[t][:, h:], out=new_c[:, h:]).addcmul_(u_i, u_g)
-        u_c = _normalise(u_c, uc_norm[at], uc_rstd[at])
-        torch.tanh(torch.addcmul(u_shift[4], u_c, u_gain[4]), out=u_tanhs[at])
-        u_h = torch.mul(u_o, u_tanhs[at], out=new_s[:, h:])
-
-        # Its output makes the embeddings, and these the scales and the bias of the main cell
-        torch.addmm(z_bias, u_h, v_t, out=zs[at])
-        # (N, P * 4 * E) -> (P * 4, N, E)
-        embeddings = zs[at].view(n, 4 * z.parts, z.embedding).transpose(0, 1)
-        d = torch.bmm(embeddings, scale_t).view(z.parts, 4, n, h)  # (P * 4, N, H) -> (P, 4, N, H)
-        torch.mm(past[:, :h], w_t, out=hs[at])
-        # (N, 4 H) -> (4, N, H)
-        w_h, w_x = hs[at].view(n, 4, h).transpose(0, 1), xs[t].view(n, 4, h).transpose(0, 1)
-        if z.bias:
-            pre = torch.addcmul(d[2], d[1], w_x).addcmul_(d[0], w_h).add_(bias.view(4, 1, h))
-        else:
-            pre = torch.mul(d[1], w_x).addcmul_(d[0], w_h)
-        if z.layer_norm:
-            pre = _normalise(pre, norm[at], rstd[at])
-            pre = torch.addcmul(shift[:4, None], pre, gain[:4, None])
-
-        # The main LSTM
-        torch.sigmoid(pre[:_G], out=gates[at][:_G])
-        torch.tanh(pre[_G], out=gates[at][_G])
-        torch.sigmoid(pre[_O], out=gates[at][_O])
-        i, f, g, o = gates[at].unbind(0)
-        memory = torch.mul(f, c[t][:, :h], out=new_c[:, :h])
-        memory.addcmul_(i, g if mask.numel() == 0 else g * mask[t])
-        if z.layer_norm:
-            memory = _normalise(memory, c_norm[at], c_rstd[at])
-            memory = torch.addcmul(shift[4], memory, gain[4])
-        torch.tanh(memory, out=tanhs[at])
-        torch.mul(o, tanhs[at], out=new_s[:, :h])
-    return [s, c, *tape]
-
-
-@torch.library.custom_op("hyperize::hyper_lstm_backward", mutates_args=())
-def _hyper_lstm_backward(
-    grad_s: Tensor,
-    grad_c: Tensor,
-    x: Tensor,
-    mask: Tensor,
-    weights: list[Tensor],
-    outputs: list[Tensor],
-    needs_x: bool,
-) -> list[Tensor]:
-    """Gradients of `_hyper_lstm`.
-
-    Returns:
-        Those of x (empty if not needed), s0, c0 and of each weight.
-    """
-    z = _Sizes(x, weights)
-    n, h, k, e = z.batch, z.hidden, z.hyper, z.embedding
-    w_ih, w_hh, _, u_ih, u_hh, _, u_gain, _, v, v_bias, scale, gain, _ = weights
-    s, c, xs, hs, zs, gates, tanhs, u_norm, u_rstd, u_gates = outputs[:10]
-    uc_norm, uc_rstd, u_tanhs, norm, rstd, c_norm, c_rstd = outputs[10:]
-    u_w = torch.cat([u_ih[:, :h], u_hh], 1)  # (4 K, H + K)
-    scales = scale.view(-1, h, e)  # (P, 4, H, E) -> (P * 4, H, E)
-    scales_t = scales.transpose(1, 2).contiguous()
-    dropped = mask.numel() > 0
-
-    # Gradients of the products, of _CHUNK steps at a time: enough for an efficient product with
-    # what was multiplied, which is where the gradients of the weights come from, and few enough to
-    # stay in the processor's cache.
-    size = min(_CHUNK, z.steps)
-    d_ds = x.new_empty(4 * z.parts, size, n, h)  # of the scales and the bias
-    d_hs, d_xs = x.new_empty(size, n, 4 * h), x.new_empty(size, n, 4 * h)
-    d_as, d_zs = x.new_empty(size, n, 4 * k), x.new_empty(size, n, v.shape[0])
-    d_us, d_ucs = x.new_empty(size, n, 4, k), x.new_empty(size, n, k)
-    d_ps, d_mcs = (x.new_empty(size if z.layer_norm else 0, *t.shape[1:]) for t in (norm, c_norm))
-    d_x = x.new_empty(x.shape if needs_x else (0,))
-    d_weights = [torch.zeros_like(w) for w in weights]
-    # Transposed, as they are computed: these products are faster so
-    d_w_ih, d_w_hh = w_ih.new_zeros(z.input, 4 * h), w_hh.new_zeros(h, 4 * h)
-    d_u_w = u_w.new_zeros(h + k, 4 * k)
-
-    d_s, d_c = grad_s[z.steps], grad_c[z.steps]
-    for end in range(z.steps, 0, -size):
-        start = max(end - size, 0)
-        for t in reversed(range(start, end)):
-            at = t - start
-            d_h, d_u = d_s[:, :h], d_s[:, h:]
-            d_memory, d_u_memory = d_c[:, :h], d_c[:, h:]
-
-            # The main LSTM
-            i, f, g, o = gates[t].unbind(0)
-            d_tanh = torch.ops.aten.tanh_backward(d_h * o, tanhs[t])
-            if z.layer_norm:
-                d_mcs[at] = d_tanh
-                d_tanh = _normalise_backward(d_tanh * gain[4], c_norm[t], c_rstd[t])
-            d_memory = d_memory + d_tanh
-            d_gates = torch.empty_like(gates[t])
-            torch.mul(d_memory, g * mask[t] if dropped else g, out=d_gates[_I])
-            torch.mul(d_memory, c[t][:, :h], out=d_gates[_F])
-            torch.mul(d_memory, i, out=d_gates[_G])
-            if dropped:
-                d_gates[_G] *= mask[t]
-            torch.mul(d_h, tanhs[t], out=d_gates[_O])
-            direct = z.bias and not z.layer_norm
-            d_pre = d_ds[8:, at] if direct else torch.empty_like(d_gates)
-            torch.ops.aten.sigmoid_backward(d_gates[:_G], gates[t][:_G], grad_input=d_pre[:_G])
-            torch.ops.aten.tanh_backward(d_gates[_G], g, grad_input=d_pre[_G])
-            torch.ops.aten.sigmoid_backward(d_gates[_O], o, grad_input=d_pre[_O])
-            if z.layer_norm:
-                d_ps[at] = d_pre
-                d_pre = _normalise_backward(d_pre * gain[:4, None], norm[t], rstd[t])
-                if z.bias:
-                    d_ds[8:, at] = d_pre
-
-            # The scales, computed again as they are large, and the products that they scale
-            # (N, P * 4 * E) -> (P * 4, N, E); no need for the bias
-            embeddings = zs[t].view(n, -1, e).transpose(0, 1)[:8]
-            d = torch.bmm(embeddings, scales_t[:8])  # (8, N, H)
-            # (N, 4 H) -> (4, N, H)
-            torch.mul(d_pre, hs[t].view(n, 4, h).transpose(0, 1), out=d_ds[:4, at])
-            torch.mul(d_pre, xs[t].view(n, 4, h).transpose(0, 1), out=d_ds[4:8, at])
-            torch.mul(d_pre, d[:4], out=d_hs[at].view(n, 4, h).transpose(0, 1))
-            torch.mul(d_pre, d[4:], out=d_xs[at].view(n, 4, h).transpose(0, 1))
-            # (P * 4, N, E) -> (N, P * 4 * E)
-            d_zs[at].view(n, -1, e).copy_(torch.bmm(d_ds[:, at], scales).transpose(0, 1))
-            d_u = torch.addmm(d_u, d_zs[at], v)
-
-            # The small LSTM
-            u_i, u_f, u_g, u_o = u_gates[t].unbind(1)
-            torch.ops.aten.tanh_backward(d_u * u_o, u_tanhs[t], grad_input=d_ucs[at])
-            d_tanh = _normalise_backward(d_ucs[at] * u_gain[4], uc_norm[t], uc_rstd[t])
-            d_u_memory = d_u_memory + d_tanh
-            d_gates = torch.stack(
-                (d_u_memory * u_g, d_u_memory * c[t][:, h:], d_u_memory * u_i, d_u * u_tanhs[t]), 1
-            )
-            torch.ops.aten.sigmoid_backward(d_gates, u_gates[t], grad_input=d_us[at])
-            torch.ops.aten.tanh_backward(d_gates[:, _G], u_g, grad_input=d_us[at][:, _G])
-            d_a = _normalise_backward(d_us[at] * u_gain[:4], u_norm[t], u_rstd[t])
-            d_as[at] = d_a.view(n, 4 * k)  # (N, 4, K) -> (N, 4 K)
-
-            # The step before
-            d_s = torch.addmm(grad_s[t], d_as[at], u_w)
-            d_s[:, :h].addmm_(d_hs[at], w_hh)
-            d_c = grad_c[t].clone()
-            d_c[:, :h].addcmul_(d_memory, f)
-            d_c[:, h:].addcmul_(d_u_memory, u_f)
-
-        # (chunk, N, ...) -> (chunk * N, ...)
-        m = end - start
-        rows = m * n
-        d_h, d_x_, d_a, d_z = (d[:m].view(rows, -1) for d in (d_hs, d_xs, d_as, d_zs))
-        past, now = s[start:end].view(rows, -1), s[start + 1 : end + 1].view(rows, -1)
-        inputs = x[start:end].reshape(rows, -1)
-        if needs_x:
-            torch.addmm(d_x_ @ w_ih, d_a, u_ih[:, h:], out=d_x[start:end].view(rows, -1))
-        d_w_ih.addmm_(inputs.t(), d_x_)
-        d_w_hh.addmm_(past[:, :h].t(), d_h)
-        d_u_w.addmm_(past.t(), d_a)
-        d_weights[3][:, h:].addmm_(d_a.t(), inputs)
-        d_weights[8].addmm_(d_z.t(), now[:, h:])
-        d_weights[9] += d_z[:, : v_bias.shape[0]].sum(0)
-        # (chunk, N, P * 4 * E) -> (P * 4, chunk * N, E)
-        embeddings = zs[start:end].view(rows, -1, e).transpose(0, 1)
-        d_d = d_ds[:, :m].reshape(-1, rows, h)  # (P * 4, chunk, N, H) -> (P * 4, chunk * N, H)
-        d_weights[10].view(-1, h, e).baddbmm_(d_d.transpose(1, 2), embeddings)
-        if z.bias:
-            d_weights[2] += d_d[8:].sum(1).view(-1)  # (4, H) -> (4 H,)
-            d_weights[5] += d_a.sum(0)
-        d_weights[6][:4] += (d_us[:m] * u_norm[start:end]).sum((0, 1))
-        d_weights[6][4] += (d_ucs[:m] * uc_norm[start:end]).sum((0, 1))
-        d_weights[7][:4] += d_us[:m].sum((0, 1))
-        d_weights[7][4] += d_ucs[:m].sum((0, 1))
-        if z.layer_norm:
-            d_weights[11][:4] += (d_ps[:m] * norm[start:end]).sum((0, 2))
-            d_weights[11][4] += (d_mcs[:m] * c_norm[start:end]).sum((0, 1))
-            d_weights[12][:4] += d_ps[:m].sum((0, 2))
-            d_weights[12][4] += d_mcs[:m].sum((0, 1))
-    d_weights[0].copy_(d_w_ih.t())
-    d_weights[1].copy_(d_w_hh.t())
-    d_weights[3][:, :h].copy_(d_u_w[:h].t())
-    d_weights[4].copy_(d_u_w[h:].t())
-    return [d_x, d_s, d_c, *d_weights]
-
-
-@_hyper_lstm.register_fake
-def _(
-    x: Tensor, s0: Tensor, c0: Tensor, mask: Tensor, weights: list[Tensor], save: bool
-) -> list[Tensor]:
-    z = _Sizes(x, weights)
-    states = (z.steps + 1, z.batch, z.hidden + z.hyper)
-    return [x.new_empty(shape) for shape in (states, states, *_tape_shapes(z, save))]
-
-
-@_hyper_lstm_backward.register_fake
-def _(
-    grad_s: Tensor,
-    grad_c: Tensor,
-    x: Tensor,
-    mask: Tensor,
-    weights: list[Tensor],
-    outputs: list[Tensor],
-    needs_x: bool,
-) -> list[Tensor]:
-    inputs = x.new_empty(x.shape if needs_x else (0,))
-    return [inputs, *(torch.empty_like(t) for t in (grad_s[0], grad_c[0], *weights))]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, _, _, mask, weights, _ = inputs
-    ctx.save_for_backward(x, mask, *weights, *output)
-    ctx.set_materialize_grads(False)  # of the tape, which is large and has none
-    ctx.needs_x = ctx.needs_input_grad[0]
-    ctx.weights = len(weights)
-
-
-def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    x, mask, *rest = ctx.saved_tensors
-    weights, outputs = rest[: ctx.weights], rest[ctx.weights :]
-    d_states = [
-        torch.zeros_like(t) if d is None else d for t, d in zip(outputs[:2], grads[:2], strict=True)
-    ]
-    d_x, d_s, d_c, *d_weights = _hyper_lstm_backward(
-        *d_states, x, mask, weights, outputs, ctx.needs_x
-    )
-    return d_x if ctx.needs_x else None, d_s, d_c, None, d_weights, None
-
-
-_hyper_lstm.register_autograd(_backward, setup_context=_setup_context)
-
 
 # ------------------------------------------------------------------------------------------- cells
 
@@ -456,7 +86,7 @@ class _Cell(nn.Module):
             "ln_weight": (norms, h) if layer_norm else None,
             "ln_bias": (norms, h) if layer_norm else None,
         }
-        for name in _WEIGHTS:
+        for name in WEIGHTS:
             shape = shapes[name]
             made = None if shape is None else torch.empty(shape, device=device, dtype=dtype)
             self.register_parameter(name, None if made is None else nn.Parameter(made))
@@ -644,11 +274,11 @@ class HyperLSTMCell(_Cell):
         """Draws the parameters anew, as the class describes."""
         super().reset_parameters()
         assert self.hyper_ln_bias is not None
-        self.hyper_ln_bias[_F].fill_(1.0)
+        self.hyper_ln_bias[FORGET].fill_(1.0)
         if self.ln_bias is not None:
-            self.ln_bias[_F].fill_(1.0)
+            self.ln_bias[FORGET].fill_(1.0)
         elif self.bias is not None:
-            self.bias.view(4, -1)[_F].fill_(1.0)
+            self.bias.view(4, -1)[FORGET].fill_(1.0)
 
     @property
     def state_sizes(self) -> tuple[int, int]:
@@ -695,7 +325,7 @@ class HyperLSTMCell(_Cell):
         (h, c), (size, small) = state, (self.hidden_size, self.hyper_size)
         s0 = torch.cat((h, c[:, size : size + small]), 1)
         c0 = torch.cat((c[:, :size], c[:, size + small :]), 1)
-        weights = [x.new_empty(0) if (w := getattr(self, n)) is None else w for n in _WEIGHTS]
+        weights = [x.new_empty(0) if (w := getattr(self, n)) is None else w for n in WEIGHTS]
         mask = x.new_empty(0)
         if self.training and self.recurrent_dropout:
             ones = x.new_ones(*x.shape[:2], size)
@@ -705,7 +335,7 @@ class HyperLSTMCell(_Cell):
         if torch.is_autocast_enabled(kind):  # all of it in the lower precision, as nn.LSTM
             tensors = [t.to(torch.get_autocast_dtype(kind)) for t in tensors]
         save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        s, c, *_ = _hyper_lstm(*tensors[:4], tensors[4:], save)
+        s, c, *_ = hyper_lstm(*tensors[:4], tensors[4:], save)
         last_s, last_c = _last(s[1:], lengths), _last(c[1:], lengths)
         after = torch.cat((last_c[:, :size], last_s[:, size:], last_c[:, size:]), 1)
         return s[1:, :, :size], (last_s[:, :size], after)

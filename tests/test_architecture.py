@@ -13,7 +13,7 @@ import hyperize as package
 PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
-    *("config", "layers", "dynamic", "sites", "planning", "hypernet", "rewrite"),
+    *("config", "layers", "recurrence", "dynamic", "sites", "planning", "hypernet", "rewrite"),
     *("reporting", "export", "training", "cli"),
 ]
 """Each module imports only from modules before it."""
