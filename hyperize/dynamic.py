@@ -590,8 +590,8 @@ class HyperLSTM(_Recurrent):
     HyperLSTM of arXiv 1609.09106, app. A.2.2; the equations and parameters are documented at
     `HyperLSTMCell`. The cell of layer l and direction d is `cells[l * directions + d]`.
 
-    Training keeps about 18 H + 19 K + 12 E numbers per step, example and cell (23 H with
-    `layer_norm`), so the memory is linear in the length.
+    Training keeps 15 H + 12 K + 12 E + 5 numbers per step, example and cell, and 5 H + 5 more with
+    `layer_norm`, so the memory is linear in the length.
 
     Args:
         input_size: Features of the input.

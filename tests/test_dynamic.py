@@ -29,6 +29,7 @@ from hyperize import (
     save,
     to_dense,
 )
+from hyperize.recurrence import WEIGHTS, hyper_lstm
 
 TOLERANCE = 1e-6
 """Of the transcription, in float64: the issue's figure; the sums come in another order."""
@@ -408,6 +409,18 @@ def test_dropout_only_in_training():
     assert not same(module(x), module(x))
     module.eval()
     assert same(module(x), module(x))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_memory_is_what_the_docstring_says(norm):
+    cell = HyperLSTM(SIZE, HIDDEN, layer_norm=norm, **SMALL).cells[0]
+    x, state = torch.randn(TIME, BATCH, SIZE), torch.zeros(BATCH, HIDDEN + SMALL["hyper_size"])
+    weights = [torch.empty(0) if (w := getattr(cell, n)) is None else w for n in WEIGHTS]
+    kept = hyper_lstm(x, state, state, torch.empty(0), weights, True)
+    numbers = sum(t.numel() for t in kept) - 2 * state.numel()  # less the initial states
+    small, e = cell.hyper_size, cell.embedding_dim
+    per_step = 15 * HIDDEN + 12 * small + 12 * e + 5 + (5 * HIDDEN + 5 if norm else 0)
+    assert numbers == TIME * BATCH * per_step
 
 
 # -------------------------------------------------------------------------- the rest of the world
