@@ -273,6 +273,14 @@ def test_mnist_learns_draws_and_saves(mnist, tmp_path, capsys):
     assert count(loaded) == hyper.params
 
 
+def test_the_rate_of_the_generator(mnist):
+    hyper = hyperize.hyperize(mnist.MnistNet(), mnist.paper_config())
+    others, generating = mnist.make_optimizer(hyper, 5.0).param_groups
+    assert (others["lr"], generating["lr"]) == (1.0, 5.0)
+    assert sum(p.numel() for p in generating["params"]) == 4_244
+    assert sum(p.numel() for p in others["params"]) == 12_910 - 4_244
+
+
 def test_kernels_are_drawn_in_their_places(mnist):
     kernels = torch.arange(2 * 3 * 4 * 5).float().view(2, 3, 4, 5)
     image = mnist.mosaic(kernels)
