@@ -104,7 +104,11 @@ def _normalise_backward(grad: Tensor, normalised: Tensor, rstd: Tensor) -> Tenso
     return backward(grad, normalised, shape, zero, one, None, None, mask)[0] * rstd
 
 
-@torch.library.custom_op("hyperize::hyper_lstm", mutates_args=())
+@torch.library.custom_op(
+    "hyperize::hyper_lstm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor s0, Tensor c0, Tensor mask, Tensor[] weights, bool save) -> Tensor[]",
+)
 def hyper_lstm(
     x: Tensor, s0: Tensor, c0: Tensor, mask: Tensor, weights: list[Tensor], save: bool
 ) -> list[Tensor]:
@@ -194,7 +198,12 @@ def hyper_lstm(
     return [s, c, *tape]
 
 
-@torch.library.custom_op("hyperize::hyper_lstm_backward", mutates_args=())
+@torch.library.custom_op(
+    "hyperize::hyper_lstm_backward",
+    mutates_args=(),
+    schema="(Tensor grad_s, Tensor grad_c, Tensor x, Tensor mask, Tensor[] weights, "
+    "Tensor[] outputs, bool needs_x) -> Tensor[]",
+)
 def _hyper_lstm_backward(
     grad_s: Tensor,
     grad_c: Tensor,
