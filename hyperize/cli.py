@@ -203,6 +203,9 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--tile", nargs=2, type=int, metavar=("OUT", "IN"), help="default: planned by kernel size"
     )
+    group.add_argument(
+        "--lstm", choices=("static", "dynamic"), help="generate LSTM weights, or put HyperLSTMs"
+    )
     request.add_argument("--json", action="store_true", help="print JSON")
 
     command = commands.add_parser(

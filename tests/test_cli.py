@@ -30,6 +30,14 @@ def test_report_as_json_takes_every_request(capsys):
     assert data["hypernet_params"] == 16 * 16 * 9 + 17 * 16 * 9 + 17 * 16
 
 
+def test_report_of_dynamic_layers(capsys):
+    assert main(["report", "sequencer2d_s", "--lstm", "dynamic"]) == 0
+    text = capsys.readouterr().out
+    assert "lstm, dynamic" in text
+    assert "no dense equivalent" in text.replace("\n", " ")
+    assert max(map(len, text.splitlines())) <= 80
+
+
 def test_convert(tmp_path, capsys):
     dense = randomise(timm.create_model("resnet10t", num_classes=5), 0).eval()
     hyper = hyperize(dense)

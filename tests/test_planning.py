@@ -192,3 +192,11 @@ def test_refusals_are_true():
         make_plan(nn.Sequential(nn.Conv2d(64, 64, 3)), exclude="*")
     with pytest.raises(ConfigError, match="7x7"):
         make_plan(nn.Sequential(nn.Conv2d(64, 64, 3)), tile={"7x7": (16, 16)})
+
+
+def test_explicit_sizes_that_save_nothing_are_noted():
+    model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
+    plan = make_plan(model, HyperConfig.paper())
+    assert plan.hyper_params > plan.dense_params
+    assert any("save nothing" in note for note in plan.notes)
+    assert not make_plan(model, compression=1.5).notes
