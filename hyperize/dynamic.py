@@ -338,7 +338,8 @@ class HyperLSTMCell(_Cell):
         s, c, *_ = hyper_lstm(*tensors[:4], tensors[4:], save)
         last_s, last_c = _last(s[1:], lengths), _last(c[1:], lengths)
         after = torch.cat((last_c[:, :size], last_s[:, size:], last_c[:, size:]), 1)
-        return s[1:, :, :size], (last_s[:, :size], after)
+        # Of their own memory, as nn.LSTM's are: callers take views of them
+        return s[1:, :, :size].contiguous(), (last_s[:, :size].contiguous(), after)
 
 
 class HyperRNNCell(_Cell):
@@ -445,7 +446,7 @@ class HyperRNNCell(_Cell):
             h = phi(pre)
             states.append(torch.cat((h, u), 1))
         sequence = torch.stack(states)
-        return sequence[..., :size], (_last(sequence, lengths),)
+        return sequence[..., :size].contiguous(), (_last(sequence, lengths),)
 
     @property
     def _hyper_recurrent(self) -> Tensor:

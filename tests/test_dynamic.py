@@ -289,6 +289,7 @@ def test_shapes_are_those_of_the_dense_layer(cls, layers, both, first):
     for x in (torch.randn(4, 4, SIZE), torch.randn(4, SIZE)):
         (a, states), (b, expected) = hyper(x), dense(x)
         assert a.shape == b.shape
+        assert a.stride() == b.stride()
         h = states[0] if cls is HyperLSTM else states
         wanted = expected[0] if cls is HyperLSTM else expected
         assert h[..., :HIDDEN].shape == wanted.shape
