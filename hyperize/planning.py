@@ -578,15 +578,15 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
             skips.append(Skip(site.name, reason, site.dense_params))
     host = sites[0].site.path if found.host else ""
     notes = _dynamic_notes(found)
-    if choice.hyper >= choice.dense:
-        notes.append(
-            f"these explicit sizes save nothing: {choice.dense:,} weights would be generated from "
-            f"{choice.hyper:,} parameters"
-        )
     if not choice.met:
         notes.append(
             f"compression {config.compression:g} was not asked of these explicit sizes and is not "
             f"reached: {choice.ratio:.2f}"
+        )
+    if choice.hyper >= choice.dense:
+        notes.append(
+            f"these explicit sizes save nothing: {choice.dense:,} weights would be generated from "
+            f"{choice.hyper:,} parameters"
         )
     return Plan(
         config=config,
