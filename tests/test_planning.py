@@ -137,7 +137,9 @@ def test_explicit_sizes_win_over_the_default_request_and_say_so():
     plan = make_plan(net, tile=(16, 16), embedding_dim=64, hidden_dim=8)
     assert plan.compression < 10
     assert "not reached" in plan.notes[0]
-    assert not make_plan(net, HyperConfig.paper(hidden_dim=8)).notes
+    assert not any(
+        "not reached" in note for note in make_plan(net, HyperConfig.paper(hidden_dim=8)).notes
+    )
 
 
 @pytest.mark.parametrize(
