@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -165,17 +165,30 @@ def generated_layers(hyper: nn.Module) -> dict[str, Generated]:
 def _densify(hyper: nn.Module, host: str) -> nn.Module:
     # Every weight is computed before the first layer is changed.
     layers = list(generated_layers(hyper).values())
+    shapes: dict[Any, Tensor] = {}
     with torch.no_grad():
-        weights = [{n: _dense_parameter(layer, n) for n in layer.generated} for layer in layers]
+        weights = [
+            {name: _dense_parameter(layer, name, shapes) for name in layer.generated}
+            for layer in layers
+        ]
     for layer, params in zip(layers, weights, strict=True):
         densify_params(layer, params)
     del hyper.get_submodule(host)._modules[HYPERNET]
     return hyper
 
 
-def _dense_parameter(layer: Generated, name: str) -> nn.Parameter:
-    trains = getattr(layer, name + EMBEDDING).requires_grad
-    return nn.Parameter(layer.generate(name).clone(), requires_grad=trains)
+def _dense_parameter(layer: Generated, name: str, shapes: dict[Any, Tensor]) -> nn.Parameter:
+    """The weight as a parameter; on meta, where it is only a shape, each of `shapes` once."""
+    embedding = getattr(layer, name + EMBEDDING)
+    if not embedding.is_meta:
+        weight = layer.generate(name).clone()
+    else:
+        plan = cast(HyperNet, layer._hypernet).plan
+        key = plan.sites[layer._site_index[name]].grid, embedding.dtype
+        if key not in shapes:
+            shapes[key] = layer.generate(name).detach()
+        weight = torch.empty_like(shapes[key])
+    return nn.Parameter(weight, requires_grad=embedding.requires_grad)
 
 
 def _convertible(hyper: nn.Module) -> tuple[str, HyperNet]:
