@@ -24,6 +24,7 @@ __all__ = ["Report", "report"]
 
 WIDTH = 80
 """Columns of the printed table."""
+_REPLACED = "replaced by another layer since the rewrite"
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,7 @@ def _of_plan(plan: Plan) -> Report:
 def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
     """The report of a model as it is now: layers may have been replaced since it was planned."""
     layers = generated_layers(model)
+    modules = dict(model.named_modules())
     plan = hypernet.plan
     rows: list[SiteRow] = []
     replaced: list[Skip] = []
@@ -253,21 +255,16 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
         site = planned.site
         layer = layers.get(site.path)
         if layer is None or site.param not in layer.generated:
-            reason = "replaced by another layer since the rewrite"
-            replaced.append(Skip(site.name, reason, site.dense_params))
+            replaced.append(Skip(site.name, _REPLACED, site.dense_params))
             continue
         embedding = layer.get_parameter(site.param + EMBEDDING)
         rows.append(_row(planned, embedding.numel()))
         macs += plan.macs_of(planned)
         dense_bytes += (site.dense_params - embedding.numel()) * embedding.element_size()
     for dynamic in plan.dynamic:
-        try:
-            module = model.get_submodule(dynamic.path)
-        except AttributeError:
-            module = nn.Identity()
+        module = modules.get(dynamic.path)
         if not isinstance(module, (HyperLSTM, HyperRNN)):
-            reason = "replaced by another layer since the rewrite"
-            replaced.append(Skip(dynamic.path, reason, dynamic.dense_params))
+            replaced.append(Skip(dynamic.path, _REPLACED, dynamic.dense_params))
             continue
         params = [p for name, p in module.named_parameters() if not name.startswith(HYPERNET)]
         count = sum(p.numel() for p in params)

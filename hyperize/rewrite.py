@@ -224,6 +224,8 @@ def _dynamic_twins(model: nn.Module, plan: Plan, inplace: bool) -> list[HyperLST
                 "place; use the model that hyperize() returns without inplace=True."
             )
         layers.append(layer)
+    if not layers:
+        return []
     options = dict(plan.config.lstm_options)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.set_state(_generator(plan.config.seed).get_state())

@@ -540,14 +540,18 @@ def _check_layers(selected: dict[str, nn.Module]) -> None:
                 )
 
 
+def _near_misses(pattern: str, names: list[str]) -> str:
+    """The end of a sentence about a pattern that matches none of the names."""
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+    return f"; near misses: {', '.join(near)}" if near else ""
+
+
 def _check_forms(config: HyperConfig, layers: list[list[str]]) -> None:
     """Each glob of `config.lstm` has to match a recurrent layer."""
     globs = [] if isinstance(config.lstm, str) else list(dict(config.lstm))
     for glob in globs:
         if not any(_matches(paths, [glob]) for paths in layers):
-            names = [path for paths in layers for path in paths]
-            near = difflib.get_close_matches(glob, names, n=3, cutoff=0.5)
-            hint = f"; near misses: {', '.join(near)}" if near else ""
+            hint = _near_misses(glob, [path for paths in layers for path in paths])
             raise ConfigError(f"lstm pattern {glob!r} matches no nn.LSTM or nn.RNN{hint}.")
 
 
@@ -571,8 +575,7 @@ def _check_patterns(
         for pattern in getattr(config, option):
             if pattern == "*" or any(_matches(paths[m], [pattern]) for m in candidates):
                 continue
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
-            hint = f"; near misses: {', '.join(near)}" if near else ""
+            hint = _near_misses(pattern, names)
             what = f"layer of kind {', '.join(config.targets)}" if option == "include" else "module"
             raise ConfigError(
                 f"{option} pattern {pattern!r} matches no {what}{hint}. Patterns are globs over "
