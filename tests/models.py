@@ -1,5 +1,6 @@
 """Models that the tests share: small, each with a habit that a rewrite can trip over."""
 
+import pytest
 import timm
 import torch
 import torch.nn.functional as F
@@ -240,3 +241,14 @@ def randomise(model, seed=0):
         elif constant:
             uniform(param, -0.05, 0.05)
     return model
+
+
+def over(cases):
+    """Parametrizes a test over pairs of a layer's class and its flags, with readable ids."""
+    return pytest.mark.parametrize(("cls", "flags"), cases, ids=_id_of)
+
+
+def _id_of(value):
+    if isinstance(value, type):
+        return value.__name__
+    return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None

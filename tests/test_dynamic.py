@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from models import CRNN, count, same
+from models import CRNN, count, over, same
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
@@ -53,16 +53,6 @@ ONE_OF_EACH = [
     (HyperRNN, {"num_layers": 2, "bidirectional": True, "layer_norm": True}),
     (HyperRNN, {"batch_first": True}),
 ]
-
-
-def name_of(value):
-    if isinstance(value, type):
-        return value.__name__
-    return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
-
-
-def over(cases):
-    return pytest.mark.parametrize(("cls", "flags"), cases, ids=name_of)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from models import CRNN, Cells, count, same, signature
+from models import CRNN, Cells, count, over, same, signature
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
@@ -39,16 +39,6 @@ CELLS = [
 TARGETS = ("lstm", "gru", "rnn", "lstm_cell", "gru_cell", "rnn_cell")
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
-
-
-def name_of(value):
-    if isinstance(value, type):
-        return value.__name__
-    return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
-
-
-def over(cases):
-    return pytest.mark.parametrize(("cls", "flags"), cases, ids=name_of)
 
 
 def pair(cls, flags, dtype=torch.float32):
