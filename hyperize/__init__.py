@@ -10,6 +10,7 @@ from hyperize.config import (
 )
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
 from hyperize.export import as_graph, load, save
+from hyperize.fitting import FitReport, SiteFit, fit_
 from hyperize.layers import LayerSpec, register_layer
 from hyperize.planning import Plan, make_plan
 from hyperize.reporting import Report, report
@@ -28,6 +29,9 @@ __all__ = [
     "as_graph",
     "save",
     "load",
+    "fit_",
+    "FitReport",
+    "SiteFit",
     "register_layer",
     "LayerSpec",
     "HyperLSTM",

@@ -50,7 +50,9 @@ class HyperConfig:
         exclude: Globs over module paths; matching layers stay dense. Wins over `include`.
         embedding_dim: Length Nz of every tile's embedding; `None` lets the planner take the
             largest that meets the request.
-        hidden_dim: Length d of the hypernetwork's hidden layer; `None` lets the planner choose.
+        hidden_dim: Length d of the hypernetwork's hidden layer. 0 is for none: a tile is a linear
+            function of its embedding then, and has one channel along `trunk_axis`. `None` lets the
+            planner choose; it prefers 0.
         tile: Channels of one tile along axis 0 and axis 1 of the weight (out, in for Conv2d), for
             all kernel sizes or per kernel size as in `{"3x3": (16, 32), "1": (16, 256)}`; layers
             of other kernel sizes stay dense then. The trunk is shared, so the entries at
@@ -91,20 +93,31 @@ class HyperConfig:
         object.__setattr__(self, "tile", _tile(self.tile))
         object.__setattr__(self, "lstm", _forms(self.lstm))
         object.__setattr__(self, "lstm_options", _options(self.lstm_options))
-        for name in ("max_params", "embedding_dim", "hidden_dim"):
+        for name in ("max_params", "embedding_dim"):
             value = getattr(self, name)
             if value is not None and not _positive(value):
                 raise ConfigError(f"{name} must be a positive integer or None, got {value!r}.")
+        hidden = self.hidden_dim
+        if hidden is not None and not (_positive(hidden) or (hidden == 0 and hidden is not False)):
+            raise ConfigError(
+                "hidden_dim must be a positive integer, 0 for no hidden layer, or None, got "
+                f"{hidden!r}."
+            )
         if self.seed is not None and (
             not isinstance(self.seed, int) or isinstance(self.seed, bool)
         ):
             raise ConfigError(f"seed must be an integer or None, got {self.seed!r}.")
         if self.trunk_axis not in (0, 1) or isinstance(self.trunk_axis, bool):
             raise ConfigError(f"trunk_axis must be 0 or 1, got {self.trunk_axis!r}.")
-        if len({pair[self.trunk_axis] for pair in self.tiles_by_kernel.values()}) > 1:
+        if len(self.leads) > 1:
             raise ConfigError(
                 "tile: the trunk is shared by all kernel sizes, so every tile needs the same "
                 f"number of channels along trunk_axis={self.trunk_axis}, got {self.tile!r}."
+            )
+        if hidden == 0 and (leads := self.leads) and leads != {1}:
+            raise ConfigError(
+                "hidden_dim=0 means tiles of one channel along "
+                f"trunk_axis={self.trunk_axis}, got tile={self.tile!r}."
             )
         if not self.targets:
             raise ConfigError('targets is empty; name at least one kind of layer, as "conv2d".')
@@ -168,6 +181,14 @@ class HyperConfig:
         if tile is None or isinstance(next(iter(tile)), int):
             return {}
         return dict(tile)  # type: ignore[arg-type]
+
+    @property
+    def leads(self) -> set[int]:
+        """The channels of the given tiles along `trunk_axis`, empty if no tile was given."""
+        pairs = list(self.tiles_by_kernel.values())
+        if not pairs and self.tile is not None:
+            pairs = [self.tile]  # type: ignore[list-item]
+        return {pair[self.trunk_axis] for pair in pairs}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; the inverse of `from_dict`."""

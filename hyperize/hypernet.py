@@ -7,6 +7,8 @@ weights they replace, as the main network's initialisation wants it (the aim of 
 Chang, Flokas, Lipson 2020, arXiv 2312.08399):
 
     W = scale * (W_out (W_i z + B_i) + B_out) + offset
+
+Without a hidden layer W_i z + B_i is z itself.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ class HyperNet(nn.Module):
 
     Shapes of its state, with the plan's lead, d, Nz, and trail and k of each head:
 
-    - `trunk.weight` (lead * d, Nz), `trunk.bias` (lead * d)
-    - `heads.<kernel>.weight` (trail * k, d), `heads.<kernel>.bias` (trail * k)
+    - `trunk.weight` (lead * d, Nz), `trunk.bias` (lead * d); none without a hidden layer
+    - `heads.<kernel>.weight` (trail * k, d or Nz), `heads.<kernel>.bias` (trail * k)
     - `scale`, `offset` (sites,): buffers, constants of each site
 
     Args:
@@ -51,7 +53,7 @@ class HyperNet(nn.Module):
         self.plan = plan
         self.trunk_axis = plan.config.trunk_axis
         self.lead = plan.lead
-        self.hidden_dim = plan.hidden_dim
+        self.fan_in = plan.fan_in
         self.embedding_dim = plan.embedding_dim
         device = torch.get_default_device() if device is None else device
 
@@ -60,10 +62,11 @@ class HyperNet(nn.Module):
             return nn.Linear(n_in, n_out, device="meta", dtype=dtype).to_empty(device=device)
 
         sites = len(plan.sites)
-        if sites:  # a plan may have dynamic layers only
-            self.trunk = empty(plan.embedding_dim, plan.lead * plan.hidden_dim)
+        self.trunk = (
+            empty(plan.embedding_dim, plan.lead * plan.hidden_dim) if plan.hidden_dim else None
+        )
         self.heads = nn.ModuleDict(
-            {head.kernel: empty(plan.hidden_dim, head.width) for head in plan.heads}
+            {head.kernel: empty(plan.fan_in, head.width) for head in plan.heads}
         )
         self.register_buffer("scale", torch.ones(sites, dtype=dtype, device=device))
         self.register_buffer("offset", torch.zeros(sites, dtype=dtype, device=device))
@@ -76,6 +79,8 @@ class HyperNet(nn.Module):
             generator: A CPU generator; the draw is the same on every device.
         """
         for layer in (self.trunk, *self.heads.values()):
+            if layer is None:
+                continue
             assert isinstance(layer, nn.Linear)
             noise = torch.randn(layer.weight.shape, generator=generator, device="cpu")
             layer.weight.copy_(noise / math.sqrt(layer.in_features))
@@ -134,27 +139,32 @@ class HyperNet(nn.Module):
         """What F.linear makes the scaled and shifted weight of, in its memory order.
 
         Returns:
-            The hidden layer, (rows * parts, d), weight (width * k, d) and bias (width * k,).
+            The hidden layer, (rows * parts, d), weight (width * k, d) and bias (width * k,); d is
+            Nz where the embeddings are the hidden layer.
         """
         grid = self.plan.sites[site].grid
-        embedding = embedding.to(self.trunk.weight.dtype)
+        embedding = embedding.to(self.scale.dtype)
         scale, offset = self.scale[site], self.offset[site]
         head = self.heads[grid.kernel]
         assert isinstance(head, nn.Linear)
         used = grid.width * math.prod(grid.shape[2:])
-        # The scale enters where the numbers are few: (tiles, Nz) @ (Nz, lead * d)
-        a = F.linear(embedding * scale, self.trunk.weight, self.trunk.bias * scale)
+        # The scale enters where the numbers are few
+        a = embedding * scale  # (tiles, Nz)
+        if self.trunk is None:
+            return a, head.weight[:used], head.bias[:used] * scale + offset
+        # (tiles, Nz) @ (Nz, lead * d)
+        a = F.linear(a, self.trunk.weight, self.trunk.bias * scale)
         # Rearranging a, which is small, lets the last product write the weight in memory order:
         # (row tiles, parts, lead, d) -> (row tiles * lead, parts, d), less the spare rows
-        a = a.view(-1, grid.parts, self.lead, self.hidden_dim).transpose(1, 2)
-        a = a.reshape(-1, grid.parts, self.hidden_dim)[: grid.rows]
-        a = a.reshape(-1, self.hidden_dim)  # (rows * parts, d)
+        a = a.view(-1, grid.parts, self.lead, self.fan_in).transpose(1, 2)
+        a = a.reshape(-1, grid.parts, self.fan_in)[: grid.rows]
+        a = a.reshape(-1, self.fan_in)  # (rows * parts, d)
         return a, head.weight[:used], head.bias[:used] * scale + offset
 
     def extra_repr(self) -> str:  # noqa: D102
         return (
             f"{len(self.plan.sites)} sites, embedding_dim={self.embedding_dim}, "
-            f"hidden_dim={self.hidden_dim}, lead={self.lead}"
+            f"hidden_dim={self.plan.hidden_dim}, lead={self.lead}"
         )
 
 

@@ -11,9 +11,16 @@ so that the parameters are, exactly,
 
     tiles * Nz  +  lead * d * (Nz + 1)  +  sum over heads of trail * k * (d + 1).
 
+Without a hidden layer (d = 0) there is no trunk, lead is 1, and a tile is K = W_out z + B_out:
+
+    tiles * Nz  +  sum over heads of trail * k * (Nz + 1).
+
+This is what the planner prefers: at the same size its tiles fit trained weights at least as well,
+networks learn faster from scratch, and one product writes a weight in its memory order.
+
 A layer with fewer than `trail` channels has several of its rows folded into one, so that depthwise
 and narrow layers fill their tiles; one with more is cut into parts of equal width. Only the tile's
-used part is computed.
+used part is computed. Tiles of lead 1 go over the weight in its memory order, across rows.
 """
 
 from __future__ import annotations
@@ -113,7 +120,7 @@ class Plan:
         lead: Tile channels along the trunk axis.
         heads: The output layers, one per kernel size.
         embedding_dim: Nz.
-        hidden_dim: d.
+        hidden_dim: d; 0 for no hidden layer and no trunk.
         total_params: Parameters of the whole dense model.
         total_bytes: Bytes of its parameters and buffers.
         model: Name of the model's class.
@@ -156,7 +163,12 @@ class Plan:
     def hypernet_params(self) -> int:
         """Parameters of the shared hypernetwork."""
         trunk = self.lead * self.hidden_dim * (self.embedding_dim + 1)
-        return trunk + sum(head.width * (self.hidden_dim + 1) for head in self.heads)
+        return trunk + sum(head.width * (self.fan_in + 1) for head in self.heads)
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of a head: d, or Nz where there is no hidden layer."""
+        return self.hidden_dim or self.embedding_dim
 
     @property
     def hyper_params(self) -> int:
@@ -191,7 +203,7 @@ class Plan:
         """Multiply-adds of generating one weight."""
         grid = planned.grid
         trunk = grid.tiles * self.embedding_dim * self.lead * self.hidden_dim
-        row = self.hidden_dim * grid.width * math.prod(grid.shape[2:])
+        row = self.fan_in * grid.width * math.prod(grid.shape[2:])
         return trunk + grid.rows * grid.parts * row
 
     def layers(self) -> dict[str, dict[str, int]]:
@@ -241,10 +253,11 @@ class Plan:
 
     def __str__(self) -> str:
         kernels = Counter(planned.grid.kernel for planned in self.sites)
-        nz, d = self.embedding_dim, self.hidden_dim
+        nz, d = self.embedding_dim, self.fan_in
         lines = [f"{len(self.sites)} weights in {self.tiles:,} tiles, {self.order}"]
+        trunk = f"trunk   {nz} -> {self.lead} x {d}   {self.lead * d * (nz + 1):,} parameters"
         generator = [
-            f"trunk   {nz} -> {self.lead} x {d}   {self.lead * d * (nz + 1):,} parameters",
+            *([trunk] if self.hidden_dim else []),
             *(
                 f"head    {d} -> {h.trail} x {h.kernel}   {h.width * (d + 1):,} parameters, "
                 f"{kernels[h.kernel]} weights"
@@ -311,7 +324,10 @@ def make_grid(shape: Sequence[int], lead: int, head: Head, trunk_axis: int) -> G
     """Cuts a weight of the given shape into tiles of `lead` x `head.trail` channels."""
     channels = [*shape[:2], 1][:2]  # a vector is a matrix of one column
     rows, columns = channels[trunk_axis], channels[1 - trunk_axis]
-    if columns <= head.trail:
+    if lead == 1:  # a row's end need not be a tile's, so that all tiles but the last are full
+        width = min(rows * columns, head.trail)
+        rows, parts = -(-rows * columns // width), 1
+    elif columns <= head.trail:
         fold = min(rows, head.trail // columns)
         rows, parts, width = -(-rows // fold), 1, fold * columns
     else:
@@ -406,7 +422,11 @@ def _geometries(
 
     For a linear generator the matrix of tiles should be near square, number of tiles ~ weights per
     tile: then embeddings and generator, of (tiles + weights per tile) * Nz parameters in all, hold
-    the longest embedding for their size.
+    the longest embedding for their size. Tiles of a few channels have more in common, though, so
+    that those of a quarter of that size fit trained weights best.
+
+    Tiles of one channel along the trunk axis are for generators without a hidden layer, and come
+    first.
     """
     kernels = {kernel_name(shape): math.prod(shape[2:]) for shape in shapes}
     if config.tile is not None:
@@ -422,13 +442,19 @@ def _geometries(
     weights = sum(math.prod(shape) * count for shape, count in shapes.items())
     smallest, largest = TILE_WEIGHTS
     square = min(max(math.isqrt(weights), smallest), largest)
-    candidates = [
-        (abs(math.log2(lead / LEAD)) + abs(exponent), lead, square * 2.0**exponent)
-        for lead in (1, 2, 4, 8, 16, 32, 64)
-        for exponent in range(-6, 9)
-    ]
+    candidates = []
+    if not config.hidden_dim:
+        candidates += [(1, square / 4 * 2.0**e) for e in sorted(range(-6, 9), key=abs)]
+    if config.hidden_dim != 0:
+        two_layers = [
+            (abs(math.log2(lead / LEAD)) + abs(exponent), lead, square * 2.0**exponent)
+            for lead in (1, 2, 4, 8, 16, 32, 64)
+            for exponent in range(-6, 9)
+            if lead > 1 or config.hidden_dim
+        ]
+        candidates += [(lead, size) for _, lead, size in sorted(two_layers)]
     seen = set()
-    for _, lead, tile_weights in sorted(candidates):
+    for lead, tile_weights in candidates:
         heads = tuple(
             Head(k, _power_of_two(tile_weights / (lead * n)), n) for k, n in kernels.items()
         )
@@ -449,6 +475,8 @@ def _size(
     widest = max(head.width for head in heads)
     if config.hidden_dim is not None:
         hidden = [config.hidden_dim]
+    elif lead == 1:
+        hidden = [0]
     else:
         # The trunk balances the embeddings where lead * d ~ tiles; a larger d than the widest
         # head's output would be redundant, one above MAX_HIDDEN slow.
@@ -464,7 +492,7 @@ def _size(
             continue
         # An embedding longer than the lead * d numbers made of it is redundant: take a larger d.
         if choice.met and (
-            config.embedding_dim or config.hidden_dim or choice.embedding_dim <= lead * d
+            config.embedding_dim or config.hidden_dim or d == 0 or choice.embedding_dim <= lead * d
         ):
             return choice
         if best is None or (choice.met, -budget.distance(choice)) > (
@@ -506,9 +534,13 @@ class _Table:
         """
         fits = self.weights[:, None] > self.grid_tiles[:, None] * nz  # (shapes, nz)
         saved = (self.weights[:, None] - self.grid_tiles[:, None] * nz) * self.counts[:, None]
-        cost = np.array([head.width * (hidden + 1) for head in self.heads])
-        heads = self.member @ np.where(fits, saved, 0) > cost[:, None]  # (heads, nz)
+        heads = self.member @ np.where(fits, saved, 0) > self.outputs(hidden, nz)  # (heads, nz)
         return fits & (self.member.T @ heads), heads
+
+    def outputs(self, hidden: int, nz: np.ndarray) -> np.ndarray:
+        """Parameters of the heads, (heads, len(nz))."""
+        widths = np.array([head.width for head in self.heads])
+        return widths[:, None] * ((hidden or nz) + 1)
 
     def largest(self, hidden: int, fixed: int | None, budget: _Budget) -> _Choice | None:
         """The choice of the largest (or the fixed) embedding size that meets the request.
@@ -518,16 +550,17 @@ class _Table:
         if fixed is not None:
             nz = np.array([fixed], dtype=np.int64)
         else:
-            # No longer embedding can be met: all sites would stay dense, or the trunk alone would
-            # use up the budget.
+            # No longer embedding can be met: all sites would stay dense, or the trunk alone, or the
+            # smallest head, would use up the budget.
             fill = float((self.weights / self.grid_tiles).max())
-            trunk_limit = budget.most_hyper(int(self.weights @ self.counts)) // (self.lead * hidden)
-            longest = max(1, min(int(fill / budget.least_ratio) + 1, trunk_limit))
+            slope = self.lead * hidden or min(head.width for head in self.heads)
+            limit = budget.most_hyper(int(self.weights @ self.counts)) // slope
+            longest = max(1, min(int(fill / budget.least_ratio) + 1, limit))
             nz = np.arange(1, longest + 1, dtype=np.int64)
         shapes, heads = self.kept(hidden, nz)
         dense = (self.weights * self.counts) @ shapes
         tiles = (self.grid_tiles * self.counts) @ shapes
-        outputs = np.array([head.width * (hidden + 1) for head in self.heads]) @ heads
+        outputs = (self.outputs(hidden, nz) * heads).sum(0)
         hyper = tiles * nz + self.lead * hidden * (nz + 1) + outputs
         valid = dense > 0
         met = valid & budget.met(dense, hyper)
