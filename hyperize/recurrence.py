@@ -24,12 +24,20 @@ __all__: list[str] = []
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 _tanh_backward = torch.ops.aten.tanh_backward
 
+_ONEDNN = (
+    torch.backends.mkldnn.is_available()
+    and torch.backends.mkl.is_available()  # elsewhere oneDNN was not measured
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+)
+"""Whether torch.mm is MKL's and this torch has the private operators for products by oneDNN."""
+
 EPS = 1e-3
 """Of every layer norm, as in the author's code."""
 _CHUNK = 16
 """Steps whose gradients of weights are one product."""
 _LONG = 8
-"""Steps from which on a weight is transposed in memory once: its products are faster then."""
+"""Steps from which on a weight is laid out anew once: its products are faster then."""
 
 INPUT, FORGET, CANDIDATE, OUTPUT = range(4)
 """Order of the gates in every stacked parameter and buffer, that of nn.LSTM; g is the candidate."""
@@ -87,6 +95,45 @@ def _tape_shapes(z: _Sizes, save: bool) -> list[tuple[int, ...]]:
     ]
 
 
+def _takes_onednn(a: Tensor) -> bool:
+    """Whether a's products are oneDNN's, as nn.LSTM's are, instead of torch.mm's, which are MKL's.
+
+    On AMD's processors MKL takes 1.2 times as long with AVX2, and 2.4 times as long with AVX512.
+    """
+    fits = a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() > 0
+    return _ONEDNN and fits and bool(torch.backends.mkldnn.enabled)
+
+
+def _linear(a: Tensor, w: Tensor) -> Tensor:
+    """Gives a @ w.T, by oneDNN."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
+    return product
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Gives a @ b."""
+    if _takes_onednn(a):
+        # With gaps between b's rows it takes a hundred times as long
+        return _linear(a, b.contiguous().t())
+    return torch.mm(a, b)
+
+
+class _Factor:
+    """A matrix w that each step multiplies with, laid out for it once: x -> x @ w.T."""
+
+    def __init__(self, w: Tensor, z: _Sizes) -> None:
+        long = z.steps >= _LONG
+        self.onednn = z.batch > 0 and _takes_onednn(w)
+        if self.onednn:
+            w = w.contiguous()
+            self.w = torch.ops.mkldnn._reorder_linear_weight(w, z.batch) if long else w
+        else:
+            self.w = w.t().contiguous() if long else w.t()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return _linear(x, self.w) if self.onednn else torch.mm(x, self.w)
+
+
 def _normalise(x: Tensor, out: Tensor, rstd: Tensor) -> Tensor:
     """Layer norm over the last axis without gain and bias; also writes the inverse deviation."""
     normalised, _, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
@@ -128,25 +175,23 @@ def hyper_lstm(
     z = _Sizes(x, weights)
     steps, n, h, k = z.steps, z.batch, z.hidden, z.hyper
     w_ih, w_hh, bias, u_ih, u_hh, u_bias, u_gain, u_shift, v, v_bias, scale, gain, shift = weights
-    tape = [x.new_empty(shape) for shape in _tape_shapes(z, save)]
-    xs, hs, zs, gates, tanhs, u_norm, u_rstd, u_gates, uc_norm, uc_rstd, u_tanhs = tape[:11]
+    flat = x.reshape(steps * n, z.input)  # (T, N, input) -> (T * N, input)
+    # (T * N, 4 H) -> (T, N, 4 H), and with K
+    xs = _product(flat, w_ih.t()).view(steps, n, 4 * h)
+    u_xs = _product(flat, u_ih[:, h:].t()).view(steps, n, 4 * k)
+    if z.bias:
+        u_xs += u_bias
+    tape = [xs, *(x.new_empty(shape) for shape in _tape_shapes(z, save)[1:])]
+    hs, zs, gates, tanhs, u_norm, u_rstd, u_gates, uc_norm, uc_rstd, u_tanhs = tape[1:11]
     norm, rstd, c_norm, c_rstd = tape[11:]
     s, c = x.new_empty(steps + 1, n, h + k), x.new_empty(steps + 1, n, h + k)
     s[0], c[0] = s0, c0
 
-    flat = x.reshape(steps * n, z.input)  # (T, N, input) -> (T * N, input)
-    torch.mm(flat, w_ih.t(), out=xs.view(steps * n, 4 * h))
-    # (T * N, 4 K) -> (T, N, 4 K)
-    u_xs = torch.mm(flat, u_ih[:, h:].t()).view(steps, n, 4 * k)
-    if z.bias:
-        u_xs += u_bias
-    long = steps >= _LONG
-    w_t = w_hh.t().contiguous() if long else w_hh.t()  # (H, 4 H)
-    u_t = torch.cat([u_ih[:, :h].t(), u_hh.t()])  # (H + K, 4 K)
+    by_w, by_u = _Factor(w_hh, z), _Factor(torch.cat([u_ih[:, :h], u_hh], 1), z)
     v_t = v.t()  # (K, P * 4 * E)
     # (P, 4, H, E) -> (P * 4, E, H)
     scale_t = scale.view(-1, h, z.embedding).transpose(1, 2)
-    if long:
+    if steps >= _LONG:
         scale_t = scale_t.contiguous()
     # The embeddings of the bias have no bias themselves
     z_bias = F.pad(v_bias, (0, v.shape[0] - v_bias.shape[0]))
@@ -156,7 +201,7 @@ def hyper_lstm(
         past, new_s, new_c = s[t], s[t + 1], c[t + 1]
 
         # The small LSTM, with layer norm on its preactivations and on its memory
-        a = torch.addmm(u_xs[t], past, u_t)
+        a = by_u(past).add_(u_xs[t])
         a = _normalise(a.view(n, 4, k), u_norm[at], u_rstd[at])  # (N, 4 K) -> (N, 4, K)
         a = torch.addcmul(u_shift[:4], a, u_gain[:4])
         torch.sigmoid(a, out=u_gates[at])
@@ -172,7 +217,7 @@ def hyper_lstm(
         # (N, P * 4 * E) -> (P * 4, N, E)
         embeddings = zs[at].view(n, 4 * z.parts, z.embedding).transpose(0, 1)
         d = torch.bmm(embeddings, scale_t).view(z.parts, 4, n, h)  # (P * 4, N, H) -> (P, 4, N, H)
-        torch.mm(past[:, :h], w_t, out=hs[at])
+        hs[at] = by_w(past[:, :h])
         # (N, 4 H) -> (4, N, H)
         w_h, w_x = hs[at].view(n, 4, h).transpose(0, 1), xs[t].view(n, 4, h).transpose(0, 1)
         if z.bias:
@@ -224,6 +269,7 @@ def _hyper_lstm_backward(
     s, c, xs, hs, zs, gates, tanhs, u_norm, u_rstd, u_gates = outputs[:10]
     uc_norm, uc_rstd, u_tanhs, norm, rstd, c_norm, c_rstd = outputs[10:]
     u_w = torch.cat([u_ih[:, :h], u_hh], 1)  # (4 K, H + K)
+    by_w_t, by_u_t = _Factor(w_hh.t(), z), _Factor(u_w.t(), z)
     scales = scale.view(-1, h, e)  # (P, 4, H, E) -> (P * 4, H, E)
     scales_t = scales.transpose(1, 2).contiguous()
     dropped = mask.numel() > 0
@@ -241,7 +287,7 @@ def _hyper_lstm_backward(
     d_weights = [torch.zeros_like(w) for w in weights]
     # Transposed, as they are computed: these products are faster so
     d_w_ih, d_w_hh = w_ih.new_zeros(z.input, 4 * h), w_hh.new_zeros(h, 4 * h)
-    d_u_w = u_w.new_zeros(h + k, 4 * k)
+    d_u_w, d_scales_t = u_w.new_zeros(h + k, 4 * k), torch.zeros_like(scales_t)
 
     d_s, d_c = grad_s[z.steps], grad_c[z.steps]
     for end in range(z.steps, 0, -size):
@@ -305,8 +351,8 @@ def _hyper_lstm_backward(
             d_as[at] = d_a.view(n, 4 * k)  # (N, 4, K) -> (N, 4 K)
 
             # The step before
-            d_s = torch.addmm(grad_s[t], d_as[at], u_w)
-            d_s[:, :h].addmm_(d_hs[at], w_hh)
+            d_s = by_u_t(d_as[at]).add_(grad_s[t])
+            d_s[:, :h] += by_w_t(d_hs[at])
             d_c = grad_c[t].clone()
             d_c[:, :h].addcmul_(d_memory, f)
             d_c[:, h:].addcmul_(d_u_memory, u_f)
@@ -318,17 +364,18 @@ def _hyper_lstm_backward(
         past, now = s[start:end].view(rows, -1), s[start + 1 : end + 1].view(rows, -1)
         inputs = x[start:end].reshape(rows, -1)
         if needs_x:
-            torch.addmm(d_x_ @ w_ih, d_a, u_ih[:, h:], out=d_x[start:end].view(rows, -1))
-        d_w_ih.addmm_(inputs.t(), d_x_)
-        d_w_hh.addmm_(past[:, :h].t(), d_h)
-        d_u_w.addmm_(past.t(), d_a)
-        d_weights[3][:, h:].addmm_(d_a.t(), inputs)
-        d_weights[8].addmm_(d_z.t(), now[:, h:])
+            d_inputs = _product(d_x_, w_ih).add_(_product(d_a, u_ih[:, h:]))
+            d_x[start:end] = d_inputs.view(m, n, -1)  # (chunk * N, input) -> (chunk, N, input)
+        d_w_ih += _product(inputs.t(), d_x_)
+        d_w_hh += _product(past[:, :h].t(), d_h)
+        d_u_w += _product(past.t(), d_a)
+        d_weights[3][:, h:] += _product(d_a.t(), inputs)
+        d_weights[8] += _product(d_z.t(), now[:, h:])
         d_weights[9] += d_z[:, : v_bias.shape[0]].sum(0)
         # (chunk, N, P * 4 * E) -> (P * 4, chunk * N, E)
         embeddings = zs[start:end].view(rows, -1, e).transpose(0, 1)
         d_d = d_ds[:, :m].reshape(-1, rows, h)  # (P * 4, chunk, N, H) -> (P * 4, chunk * N, H)
-        d_weights[10].view(-1, h, e).baddbmm_(d_d.transpose(1, 2), embeddings)
+        d_scales_t.baddbmm_(embeddings.transpose(1, 2), d_d)
         if z.bias:
             d_weights[2] += d_d[8:].sum(1).view(-1)  # (4, H) -> (4 H,)
             d_weights[5] += d_a.sum(0)
@@ -345,6 +392,7 @@ def _hyper_lstm_backward(
     d_weights[1].copy_(d_w_hh.t())
     d_weights[3][:, :h].copy_(d_u_w[:h].t())
     d_weights[4].copy_(d_u_w[h:].t())
+    d_weights[10].view(-1, h, e).copy_(d_scales_t.transpose(1, 2))
     return [d_x, d_s, d_c, *d_weights]
 
 

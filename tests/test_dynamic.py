@@ -25,6 +25,7 @@ from hyperize import (
     hyperize,
     load,
     make_plan,
+    recurrence,
     report,
     save,
     to_dense,
@@ -200,6 +201,44 @@ def test_gradcheck(cls, flags):
         return output, *(after if isinstance(after, tuple) else (after,))
 
     assert torch.autograd.gradcheck(run, (x, *states, *params.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("steps", [TIME, 3])
+@pytest.mark.parametrize("flags", LSTM_FLAGS, ids=str)
+def test_products_of_onednn_are_those_of_torch(flags, steps, monkeypatch):
+    """The other tests of the equations are in float64, of which oneDNN has no products."""
+    module = make(HyperLSTM, flags, torch.float32)
+    x = torch.randn(BATCH, steps, SIZE).transpose(0, 1).requires_grad_()
+    states = states_of(module, dtype=torch.float32)
+    inputs, runs = [x, *states, *module.parameters()], []
+    for use in (recurrence._ONEDNN, False):
+        monkeypatch.setattr(recurrence, "_ONEDNN", use)
+        torch.manual_seed(1)  # of the dropout
+        output, after = module(x, tuple(states))
+        loss = sum((t * t.detach().cos()).sum() for t in (output, *after))
+        runs.append([output, *after, *torch.autograd.grad(loss, inputs)])
+    for a, b in zip(*runs, strict=True):
+        assert b.any()
+        assert (a - b).abs().max() < SINGLE_TOLERANCE * max(1, b.abs().max())
+
+
+@pytest.mark.skipif(not recurrence._ONEDNN, reason="a torch without oneDNN")
+@pytest.mark.filterwarnings("ignore:TF32")  # from setting the flag
+@pytest.mark.parametrize("enabled", [True, False])
+def test_onednn_is_asked_unless_it_is_disabled(enabled):
+    module = HyperLSTM(SIZE, HIDDEN, **SMALL)
+    with torch.backends.mkldnn.flags(enabled=enabled), torch.profiler.profile() as profile:
+        module(torch.randn(TIME, BATCH, SIZE))[0].sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert ("mkldnn::_linear_pointwise" in names) == enabled
+    assert ("mkldnn::_reorder_linear_weight" in names) == enabled
+
+
+def test_an_empty_batch_has_empty_outputs():
+    with torch.no_grad():
+        output, (h, _) = HyperLSTM(SIZE, HIDDEN, **SMALL)(torch.randn(TIME, 0, SIZE))
+    assert output.shape == (TIME, 0, HIDDEN)
+    assert h.shape == (1, 0, HIDDEN)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
