@@ -32,17 +32,28 @@ LAYOUT = (
 )
 
 
-class ResNet(nn.Module):
-    """The CIFAR-10 ResNet of 6n + 2 layers (arXiv 1512.03385, sec. 4.2), ResNet-20 for n = 3."""
+SIZES = {"resnet20": 3, "resnet56": 9}
+"""Names of CIFAR-10's own networks -> the n of `ResNet`."""
 
-    def __init__(self, n: int = 3, num_classes: int = 10) -> None:
+
+class ResNet(nn.Module):
+    """The CIFAR-10 ResNet of 6n + 2 layers (arXiv 1512.03385, sec. 4.2), ResNet-20 for n = 3.
+
+    Args:
+        n: Blocks per stage.
+        num_classes: Outputs.
+        width: Channels of the first stage; the others have two and four times as many.
+    """
+
+    def __init__(self, n: int = 3, num_classes: int = 10, width: int = 16) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16) for _ in range(n)))
-        self.layer2 = nn.Sequential(Block(16, 32), *(Block(32, 32) for _ in range(n - 1)))
-        self.layer3 = nn.Sequential(Block(32, 64), *(Block(64, 64) for _ in range(n - 1)))
-        self.linear = nn.Linear(64, num_classes)
+        a, b, c = width, 2 * width, 4 * width
+        self.conv1 = nn.Conv2d(3, a, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(a)
+        self.layer1 = nn.Sequential(*(Block(a, a) for _ in range(n)))
+        self.layer2 = nn.Sequential(Block(a, b), *(Block(b, b) for _ in range(n - 1)))
+        self.layer3 = nn.Sequential(Block(b, c), *(Block(c, c) for _ in range(n - 1)))
+        self.linear = nn.Linear(c, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
@@ -130,8 +141,9 @@ def decode(folder: ImageFolder) -> np.ndarray:
 
 
 def create_model(name: str, num_classes: int) -> nn.Module:
-    if name == "resnet20":
-        return ResNet(3, num_classes)
+    """One of `SIZES`, or else a model of timm, at its initialisation."""
+    if name in SIZES:
+        return ResNet(SIZES[name], num_classes)
     return timm.create_model(name, num_classes=num_classes)
 
 
@@ -149,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     )
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of the images")
     parser.add_argument(
-        "--model", default="resnet20", help="resnet20, or a model of timm (default: %(default)s)"
+        "--model",
+        default="resnet20",
+        help="resnet20, resnet56, or a model of timm (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",

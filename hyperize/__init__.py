@@ -10,7 +10,7 @@ from hyperize.config import (
 )
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
 from hyperize.export import as_graph, load, save
-from hyperize.fitting import FitReport, SiteFit, fit_
+from hyperize.fitting import FitReport, SiteFit, fit_, fit_plan
 from hyperize.layers import LayerSpec, register_layer
 from hyperize.planning import Plan, make_plan
 from hyperize.reporting import Report, report
@@ -30,6 +30,7 @@ __all__ = [
     "save",
     "load",
     "fit_",
+    "fit_plan",
     "FitReport",
     "SiteFit",
     "register_layer",

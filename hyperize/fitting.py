@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -23,23 +24,26 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim.swa_utils import update_bn
 
-from hyperize.config import ConfigError, ModelError
+from hyperize.config import BudgetError, ConfigError, HyperConfig, ModelError
 from hyperize.hypernet import HyperNet
 from hyperize.layers import EMBEDDING, Generated
-from hyperize.planning import Grid, Plan
+from hyperize.planning import Grid, Plan, make_plan
 from hyperize.rewrite import find_hypernet, generated_layers, to_dense
-from hyperize.sites import structural_copy, wrapper_of
+from hyperize.sites import Site, find_sites, structural_copy, wrapper_of
 
-__all__ = ["FitReport", "SiteFit", "fit_"]
+__all__ = ["FitReport", "SiteFit", "fit_", "fit_plan"]
 
 Teacher = nn.Module | Mapping[str, Tensor]
 Batch = Tensor | Sequence[Tensor]
 
 _INNER = 5
 """Conjugate gradients per block and sweep; more of them wait for the other blocks."""
+_SCORING = 10
+"""Sweeps by which `fit_plan` compares plans."""
 _SAMPLES = 8192
 """Input vectors per batch and layer, about, from which second moments are estimated."""
 
@@ -102,7 +106,7 @@ def fit_(
     *,
     data: Iterable[Batch] | None = None,
     weighting: Literal["relative", "absolute"] = "relative",
-    sweeps: int = 20,
+    sweeps: int = 50,
     tolerance: float = 1e-3,
 ) -> FitReport:
     """Fits the hypernetwork and the embeddings to a teacher's weights, in place.
@@ -147,12 +151,15 @@ def fit_(
     ]
     if not sites:
         raise ModelError(f"{type(hyper).__name__} has no generated weights to fit.")
-    targets = _targets(hypernet, sites, teacher)
+    targets = _targets(hypernet, sites, _state(teacher))
     embeddings = {at: _embedding(layers, hypernet.plan, at) for at in sites}
     batches = None if data is None else _batches(data)
     moments: dict[int, _Moments] = {}
     if batches is not None:
-        moments = _second_moments(_module(hyper, teacher), hypernet.plan, sites, batches)
+        names = {hypernet.plan.sites[at].site.name: at for at in sites}
+        which = [hypernet.plan.sites[at].site for at in sites]
+        found = _second_moments(_module(hyper, teacher), which, batches)
+        moments = {names[name]: of for name, of in found.items()}
     problem = _Problem(hypernet, embeddings, targets, moments, weighting)
     problem.start()
     history = problem.alternate(sweeps, tolerance)
@@ -163,11 +170,114 @@ def fit_(
         seconds=time.perf_counter() - start,
         notes=tuple(_notes(hyper, teacher, problem)),
     )
-    problem.write(hypernet, embeddings)
-    if batches is not None:
-        with torch.random.fork_rng(devices=[]):  # dropout
-            update_bn(batches, hyper)
+    statistics = {} if batches is None else _statistics(hyper, problem, batches)
+    problem.write(hyper)
+    with torch.no_grad():
+        for name, buffer in hyper.named_buffers():
+            if name in statistics:
+                buffer.copy_(statistics[name])
     return report
+
+
+def fit_plan(
+    teacher: nn.Module,
+    config: HyperConfig | None = None,
+    *,
+    data: Iterable[Batch] | None = None,
+    **overrides: Any,
+) -> Plan:
+    """Plans a rewrite with the tiles that fit a model's own weights best under the request.
+
+    It fits generators of several tile sizes per kernel size, all within the request, and compares
+    what they miss. Data matters here: weights alone are fitted best by smaller tiles than their
+    outputs are.
+
+        plan = fit_plan(pretrained, compression=4, data=batches)
+        hyper = hyperize(pretrained, plan)
+        fit_(hyper, pretrained, data=batches)
+
+    Args:
+        teacher: A dense model with trained weights; not changed.
+        config: The request; the default one if `None`. It leaves `tile` and `hidden_dim` to the
+            planner; generators without a hidden layer are compared.
+        data: As in `fit_`.
+        **overrides: Fields of `HyperConfig` that replace the config's.
+
+    Returns:
+        The plan that misses least.
+
+    Raises:
+        ConfigError: `tile` or `hidden_dim` is given, or as in `make_plan` and `fit_`.
+        ModelError: As in `make_plan` and `fit_`.
+        BudgetError: As in `make_plan`.
+    """
+    base = make_plan(teacher, config, **overrides)
+    if base.config.tile is not None or base.config.hidden_dim:
+        raise ConfigError(
+            "fit_plan chooses the tiles of a generator without a hidden layer, so tile and "
+            f"hidden_dim must be None, got tile={base.config.tile!r}, "
+            f"hidden_dim={base.config.hidden_dim!r}."
+        )
+    if base.hidden_dim or not base.sites:
+        return base  # a request so small that nothing else meets it, or dynamic layers alone
+    state = _state(teacher)
+    by_name: dict[str, _Moments] = {}
+    if data is not None:
+        every = find_sites(teacher, base.config).sites
+        by_name = _second_moments(_module(teacher, teacher), every, _batches(data))
+    missed: dict[tuple[tuple[str, int], ...], tuple[float, Plan]] = {}
+
+    def score(trails: Mapping[str, int]) -> float:
+        """What a plan with these tiles misses; infinite where it does not meet the request."""
+        key = tuple(sorted(trails.items()))
+        if key not in missed:
+            axis = base.config.trunk_axis
+            tile = {k: (1, trail) if axis == 0 else (trail, 1) for k, trail in trails.items()}
+            try:
+                plan = make_plan(teacher, base.config.replace(tile=tile, hidden_dim=0))
+            except BudgetError:
+                return math.inf
+            missed[key] = _missed(plan, state, by_name), plan
+        return missed[key][0]
+
+    trails = {head.kernel: head.trail for head in base.heads}
+    for factor in (0.5, 2):  # first all kernel sizes together, then one by one
+        trails = _descend(trails, list(trails), factor, score)
+    for kernel in trails if len(trails) > 1 else ():
+        for factor in (0.5, 2):
+            trails = _descend(trails, [kernel], factor, score)
+    _, best = min(missed.values(), key=lambda pair: pair[0])
+    return best
+
+
+def _descend(
+    trails: dict[str, int],
+    kernels: Sequence[str],
+    factor: float,
+    score: Callable[[Mapping[str, int]], float],
+) -> dict[str, int]:
+    """Halves or doubles the tiles of some kernel sizes for as long as less is missed."""
+    while True:
+        changed = trails | {kernel: max(1, int(trails[kernel] * factor)) for kernel in kernels}
+        if changed == trails or score(changed) >= score(trails):
+            return trails
+        trails = changed
+
+
+def _missed(plan: Plan, state: Mapping[str, Tensor], by_name: Mapping[str, _Moments]) -> float:
+    """The objective that a short fit of a plan's generator reaches."""
+    names = [planned.site.name for planned in plan.sites]
+    device = state[names[0]].device
+    hypernet = HyperNet(plan, device=device)
+    targets = _targets(hypernet, range(len(names)), state)
+    shapes = [(planned.grid.tiles, plan.embedding_dim) for planned in plan.sites]
+    embeddings = {at: nn.Parameter(torch.zeros(s, device=device)) for at, s in enumerate(shapes)}
+    moments = {at: by_name[name] for at, name in enumerate(names) if name in by_name}
+    problem = _Problem(hypernet, embeddings, targets, moments, "relative")
+    problem.start()
+    if moments:
+        problem.alternate(_SCORING, 0.0)
+    return problem.objective()
 
 
 @dataclass(frozen=True)
@@ -480,12 +590,14 @@ class _Problem:
         return _ratio(missed, whole)
 
     @torch.no_grad()
-    def write(self, hypernet: HyperNet, embeddings: dict[int, nn.Parameter]) -> None:
-        """Copies the result into the model."""
+    def write(self, hyper: nn.Module) -> None:
+        """Copies the result into the model, or a copy of it."""
         self._balance()
+        _, hypernet = find_hypernet(hyper)
+        layers = generated_layers(hyper)
         hypernet.load_state_dict(self.net.state_dict())
         for at, z in self.z.items():
-            embeddings[at].copy_(z)
+            _embedding(layers, hypernet.plan, at).copy_(z)
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
@@ -514,11 +626,12 @@ def _embedding(layers: dict[str, Generated], plan: Plan, at: int) -> nn.Paramete
     return layers[site.path].get_parameter(site.param + EMBEDDING)
 
 
-def _targets(hypernet: HyperNet, sites: Iterable[int], teacher: Teacher) -> dict[int, Tensor]:
+def _targets(
+    hypernet: HyperNet, sites: Iterable[int], state: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
     """The teacher's weight of each site, on the hypernetwork's device."""
     if hypernet.scale.is_meta:
         raise ModelError("the hyperized model is on meta, so there is nothing to fit; load it.")
-    state = _state(teacher)
     targets: dict[int, Tensor] = {}
     for at in sites:
         site = hypernet.plan.sites[at].site
@@ -616,28 +729,48 @@ def _batches(data: Iterable[Batch]) -> list[Tensor]:
     return batches
 
 
+def _statistics(hyper: nn.Module, problem: _Problem, batches: list[Tensor]) -> dict[str, Tensor]:
+    """The buffers of all batch norms for the fitted weights, of a copy of the model."""
+    twin = copy.deepcopy(hyper)
+    problem.write(twin)
+    try:
+        with torch.random.fork_rng(devices=[]):  # dropout
+            update_bn(batches, twin)
+    except Exception as error:  # any model code can run here, and raise anything
+        raise ModelError(
+            "the statistics of the batch norms cannot be estimated from this data "
+            f"({type(error).__name__}: {error}); pass larger batches."
+        ) from error
+    norms = [path for path, m in twin.named_modules() if isinstance(m, _BatchNorm)]
+    return {n: b for n, b in twin.named_buffers() if n.rpartition(".")[0] in norms}
+
+
 @torch.no_grad()
 def _second_moments(
-    teacher: nn.Module, plan: Plan, sites: Sequence[int], batches: list[Tensor]
-) -> dict[int, _Moments]:
-    """Runs the teacher on the data; sites that it does not reach are left out."""
-    numbers: dict[str, dict[str, int]] = {}
-    for at in sites:
-        site = plan.sites[at].site
-        numbers.setdefault(site.path, {})[site.param] = at
-    sums: dict[int, _Moments] = {}
-    counts: dict[int, int] = {}
+    teacher: nn.Module, sites: Iterable[Site], batches: list[Tensor]
+) -> dict[str, _Moments]:
+    """Runs the teacher on the data.
 
-    def collect(of: dict[str, int]) -> Callable[..., None]:
+    Returns:
+        Moments by the names of the dense parameters; sites that it does not reach are left out.
+    """
+    numbers: dict[str, dict[str, str]] = {}
+    for site in sites:
+        numbers.setdefault(site.path, {})[site.param] = site.name
+    sums: dict[str, _Moments] = {}
+    counts = Counter[str]()
+
+    def collect(of: dict[str, str]) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            for param, vectors, transposed in _vectors(layer, args, kwargs, output):
+            for param, vectors, transposed in _vectors(layer, args, kwargs):
                 if param in of:
-                    at, x = of[param], vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+                    name, x = of[param], vectors
+                    x = x.to(torch.promote_types(x.dtype, torch.float32))
                     product = x.transpose(1, 2) @ x  # (groups, columns, columns)
-                    if at in sums:
-                        product += sums[at].matrix
-                    sums[at] = _Moments(product, transposed)
-                    counts[at] = counts.get(at, 0) + x.shape[1]
+                    if name in sums:
+                        product += sums[name].matrix
+                    sums[name] = _Moments(product, transposed)
+                    counts[name] += x.shape[1]
 
         return hook
 
@@ -653,13 +786,13 @@ def _second_moments(
                     f"the teacher cannot run a batch of shape {tuple(batch.shape)} "
                     f"({type(error).__name__}: {error}); data must hold inputs of the model."
                 ) from error
-    for at, moments in sums.items():
+    for name, moments in sums.items():
         if not moments.matrix.isfinite().all():
             raise ModelError(
-                f"the inputs of {plan.sites[at].site.path} in the teacher are not finite for this "
-                "data; check the data and the teacher."
+                f"what {name} multiplies in the teacher is not finite for this data; check the "
+                "data and the teacher."
             )
-    return {at: _Moments(s.matrix / counts[at], s.transposed) for at, s in sums.items()}
+    return {name: _Moments(s.matrix / counts[name], s.transposed) for name, s in sums.items()}
 
 
 _Vectors = tuple[str, Tensor, bool]
@@ -667,7 +800,7 @@ _Vectors = tuple[str, Tensor, bool]
 columns lie along axis 0 of the weight."""
 
 
-def _vectors(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Iterator[_Vectors]:
+def _vectors(layer: nn.Module, args: Any, kwargs: Any) -> Iterator[_Vectors]:
     """What the parameters of a layer multiply in one call of it."""
     inputs = (*args, *kwargs.values())
     if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):

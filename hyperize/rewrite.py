@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from hyperize.config import HyperConfig, ModelError
+from hyperize.config import ConfigError, HyperConfig, ModelError
 from hyperize.dynamic import HyperLSTM, HyperRNN, dynamic_twin
 from hyperize.hypernet import HyperNet, moments
 from hyperize.layers import EMBEDDING, Generated, densify_params, generate_params
@@ -26,7 +26,7 @@ __all__ = ["dense_state_dict", "hyperize", "to_dense"]
 
 def hyperize(
     model: nn.Module,
-    config: HyperConfig | None = None,
+    config: HyperConfig | Plan | None = None,
     *,
     inplace: bool = False,
     **overrides: Any,
@@ -41,9 +41,10 @@ def hyperize(
 
     Args:
         model: A plain model on one device; on meta, the result is on meta too and has to be loaded.
-        config: The request; the default one if `None`.
+        config: The request, or a plan of this model; the default request if `None`.
         inplace: Rewrite `model` itself, instead of a copy that shares nothing with it.
-        **overrides: Fields of `HyperConfig` that replace the config's, e.g. `compression=20`.
+        **overrides: Fields of `HyperConfig` that replace the config's, e.g. `compression=20`;
+            none with a plan.
 
     Returns:
         The hyperized model. Training flags, buffers and all other parameters are as they were.
@@ -54,7 +55,13 @@ def hyperize(
         ConfigError: An option is invalid, or a target or pattern matches nothing.
         BudgetError: The request cannot be met.
     """
-    return apply_plan(model, make_plan(model, config, **overrides), inplace=inplace)
+    if isinstance(config, Plan) and overrides:
+        raise ConfigError(
+            f"a plan was given, which {next(iter(overrides))} cannot change any more; pass it to "
+            "make_plan or fit_plan."
+        )
+    plan = config if isinstance(config, Plan) else make_plan(model, config, **overrides)
+    return apply_plan(model, plan, inplace=inplace)
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:

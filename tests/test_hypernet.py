@@ -73,7 +73,8 @@ def test_agrees_with_the_equation(axis, tile):
 
 
 def test_many_sites_in_one_call_are_the_single_calls():
-    hyper = hyperize(nn.Sequential(nn.Conv2d(32, 64, 3), nn.Conv2d(64, 32, 1)), compression=3)
+    model = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Conv2d(64, 32, 1))
+    hyper = hyperize(model, compression=3, tile=(16, 16))
     z = tuple(layer.weight_embedding for layer in hyper)
     together = hyper[0].hypernet(z, (0, 1))
     for weight, layer in zip(together, hyper, strict=True):

@@ -104,8 +104,10 @@ def test_print_explains():
     text = str(plan)
     for figure in (plan.dense_params, plan.hyper_params, plan.tiles, plan.total_params):
         assert f"{figure:,}" in text
-    for word in ("trunk", "3x3", "skipped", "linear", "torch.fx graph"):
+    for word in ("3x3", "skipped", "linear", "torch.fx graph"):
         assert word in text
+    assert "trunk" not in text
+    assert "trunk" in str(make_plan(meta("resnet18"), hidden_dim=64))
 
 
 @pytest.mark.parametrize(

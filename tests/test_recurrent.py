@@ -315,7 +315,7 @@ def test_a_crnn_shares_one_generator_and_trains():
     hyper = hyperize(model, compression=4)
     generators = {id(m._hypernet) for m in hyper.modules() if isinstance(m, Generated)}
     assert generators == {id(hyper.hypernet)}
-    optimizer = torch.optim.Adam(hyper.parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(hyper.parameters(), lr=1e-2)
     x, target = torch.randn(4, 1, 8, 16), torch.randn(4, 8, 11)
     losses = []
     for _ in range(30):

@@ -64,7 +64,7 @@ def names(model, groups):
 
 # ------------------------------------------------------------------------------ parameter groups
 def test_ordinary_weights_of_a_hyper_model_decay_and_nothing_else():
-    hyper = hyperize(Net(), compression=3, exclude="first")
+    hyper = hyperize(Net(), compression=3, exclude="first", hidden_dim=8)
     decayed, free = names(hyper, param_groups(hyper, DECAY))
     assert decayed == {"first.weight", "head.weight"}
     assert {"twice.weight_embedding", "hypernet.trunk.weight", "norm.weight"} < free

@@ -1,0 +1,270 @@
+"""What a pretrained network is worth after compression: ours beside what else one could pick.
+
+    python benchmarks/compress.py --data-dir data --checkpoint resnet20.safetensors --epochs 2
+    python benchmarks/compress.py --data-dir data --checkpoint resnet56.safetensors
+        --model resnet56 --methods fit thin tucker
+
+Every method gets as many parameters as ours or fewer, the same data, batches, schedule and
+distillation from the same teacher (`examples/compress_pretrained.py`). Those that start from
+trained weights have the learning rate `--lr`, those that start from scratch `--scratch-lr`:
+
+    fit       hyperize, then fit_ with data
+    free      the same, fitted without data
+    scratch   hyperize at its random start
+    thin      a narrower network, at its random start
+    svd       each convolution as two, by truncated SVD
+    tucker    each as three, by tensorly's partial_tucker over the channels
+    cp        each as four, by tensorly's parafac
+
+Results are kept in the output folder, one JSON file each; what is there is not run again. At the
+end a table is printed, and drawn if matplotlib is there. Needs tensorly (extra `bench`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorly
+import torch
+from tensorly.decomposition import parafac, partial_tucker
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from compress_pretrained import Data, fine_tune, load_teacher, make_student_run, read_data
+from compress_pretrained import make_parser as make_compress_parser
+from paper import steps_per_epoch
+from train_cifar import SIZES, ResNet
+
+from hyperize import fit_, hyperize
+
+SHRINK = 0.98
+"""Factor by which the rank of a decomposition is lowered until it has few enough parameters."""
+
+
+def size(model: nn.Module) -> int:
+    return sum(param.numel() for param in model.parameters())
+
+
+def ours(teacher: nn.Module, ratio: float, args: argparse.Namespace) -> nn.Module:
+    return hyperize(teacher, compression=ratio, exclude="conv1", seed=args.seed)
+
+
+def fit(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+    model = ours(teacher, ratio, args)
+    fit_(model, teacher, data=data.sample(args.fit_samples, args.batch_size, args.seed))
+    return model
+
+
+def free(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+    model = ours(teacher, ratio, args)
+    fit_(model, teacher)
+    # Estimated for every method, so that weights alone are compared
+    update_bn(data.sample(args.fit_samples, args.batch_size, args.seed), model)
+    return model
+
+
+def scratch(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+    torch.manual_seed(args.seed)
+    return ours(ResNet(SIZES[args.model], data.classes), ratio, args)
+
+
+def thin(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+    most = size(ours(teacher, ratio, args))
+    torch.manual_seed(args.seed)
+    models = [ResNet(SIZES[args.model], data.classes, width) for width in range(1, 16)]
+    return max((m for m in models if size(m) <= most), key=size)
+
+
+Replace = Callable[[nn.Conv2d, float], nn.Sequential]
+"""From a convolution and the share of its weights to keep to a chain of smaller ones."""
+
+
+def decomposed(replace: Replace) -> Callable[..., nn.Module]:
+    """A method that replaces every convolution that ours generates."""
+
+    def method(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+        hyper = ours(teacher, ratio, args)
+        paths = dict.fromkeys(planned.site.path for planned in hyper.hypernet.plan.sites)
+        most, share = size(hyper), 1.0 / ratio
+        while True:
+            model = copy.deepcopy(teacher)
+            for path in paths:
+                model.set_submodule(path, replace(model.get_submodule(path), share))
+            if size(model) <= most:
+                break
+            share *= SHRINK
+        update_bn(data.sample(args.fit_samples, args.batch_size, args.seed), model)
+        return model
+
+    return method
+
+
+def chain(*layers: tuple[nn.Conv2d, Tensor]) -> nn.Sequential:
+    for layer, weight in layers:
+        layer.weight.data = weight.contiguous().view_as(layer.weight)
+    return nn.Sequential(*(layer for layer, _ in layers))
+
+
+def svd(conv: nn.Conv2d, share: float) -> nn.Sequential:
+    weight = conv.weight.detach()
+    n_out, n_in = weight.shape[:2]
+    rank = max(1, int(share * weight.numel() / (n_out + weight[0].numel())))
+    u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+    spatial = {"stride": conv.stride, "padding": conv.padding, "bias": False}
+    return chain(
+        (nn.Conv2d(n_in, rank, conv.kernel_size, **spatial), s[:rank, None] * v[:rank]),
+        (nn.Conv2d(rank, n_out, 1, bias=False), u[:, :rank]),
+    )
+
+
+def tucker(conv: nn.Conv2d, share: float) -> nn.Sequential:
+    weight = conv.weight.detach()
+    n_out, n_in = weight.shape[:2]
+    # Ranks in proportion to the channels: a^2 * core + a * factors = share * weights
+    core, factors = weight.numel(), n_out**2 + n_in**2
+    a = (math.sqrt(factors**2 + 4 * core * share * weight.numel()) - factors) / (2 * core)
+    ranks = [max(1, int(a * n_out)), max(1, int(a * n_in))]
+    (core, (u_out, u_in)), _ = partial_tucker(weight, rank=ranks, modes=[0, 1], init="svd")
+    spatial = {"stride": conv.stride, "padding": conv.padding, "bias": False}
+    return chain(
+        (nn.Conv2d(n_in, ranks[1], 1, bias=False), u_in.t()),
+        (nn.Conv2d(ranks[1], ranks[0], conv.kernel_size, **spatial), core),
+        (nn.Conv2d(ranks[0], n_out, 1, bias=False), u_out),
+    )
+
+
+def cp(conv: nn.Conv2d, share: float) -> nn.Sequential:
+    weight = conv.weight.detach()
+    n_out, n_in, height, width = weight.shape
+    rank = max(1, int(share * weight.numel() / sum(weight.shape)))
+    scale, factors = parafac(weight, rank=rank, init="random", random_state=0, n_iter_max=200)
+    out, into, rows, columns = factors
+    (sh, sw), (ph, pw) = conv.stride, conv.padding
+    deep = {"groups": rank, "bias": False}
+    return chain(
+        (nn.Conv2d(n_in, rank, 1, bias=False), into.t()),
+        (nn.Conv2d(rank, rank, (height, 1), (sh, 1), (ph, 0), **deep), rows.t()),
+        (nn.Conv2d(rank, rank, (1, width), (1, sw), (0, pw), **deep), columns.t()),
+        (nn.Conv2d(rank, n_out, 1, bias=False), out * scale),
+    )
+
+
+METHODS: dict[str, Callable[..., nn.Module]] = {
+    "fit": fit,
+    "free": free,
+    "scratch": scratch,
+    "thin": thin,
+    "svd": decomposed(svd),
+    "tucker": decomposed(tucker),
+    "cp": decomposed(cp),
+}
+FROM_SCRATCH = ("scratch", "thin")
+
+
+def run(
+    name: str, ratio: float, teacher: nn.Module, data: Data, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Compresses and fine-tunes by one method; or reads what an earlier run has found."""
+    tag = f"{args.model}-{ratio:g}x-{name}-{args.epochs}ep-seed{args.seed}"
+    path = args.out / f"{tag}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    start = time.perf_counter()
+    model = METHODS[name](teacher, ratio, args, data)
+    seconds = time.perf_counter() - start
+    before = data.accuracy(data.predict(model))
+    lr = args.scratch_lr if name in FROM_SCRATCH else args.lr
+    student = make_student_run(model, data, argparse.Namespace(**vars(args) | {"lr": lr}))
+    curve = []
+    for epoch in range(math.ceil(student.steps / steps_per_epoch(data.train, args.batch_size))):
+        fine_tune(student, teacher, data, epoch, args)
+        curve.append(data.accuracy(data.predict(model)))
+    result = {
+        "model": args.model,
+        "ratio": ratio,
+        "method": name,
+        "parameters": size(model),
+        "before": before,
+        "curve": curve,
+        "steps": student.steps,
+        "lr": lr,
+        "seed": args.seed,
+        "preparation_s": seconds,
+    }
+    path.write_text(json.dumps(result))
+    return result
+
+
+def draw(results: Sequence[dict[str, Any]], taught: float, path: Path) -> None:
+    """Accuracy before and after fine-tuning, one group of bars per ratio."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    ratios = sorted({r["ratio"] for r in results})
+    figure, axes = plt.subplots(1, len(ratios), figsize=(4.2 * len(ratios), 3.4), squeeze=False)
+    for axis, ratio in zip(axes[0], ratios, strict=True):
+        rows = [r for r in results if r["ratio"] == ratio]
+        names = [r["method"] for r in rows]
+        after = [100 * r["curve"][-1] for r in rows]
+        colors = ["C0" if n in ("fit", "free", "scratch") else "C7" for n in names]
+        bars = axis.barh(names, after, color=colors)
+        axis.barh(names, [100 * r["before"] for r in rows], color="white", alpha=0.45)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.axvline(100 * taught, color="C3", lw=1)
+        axis.set(title=f"{ratio:g}x", xlabel="test accuracy, %", xlim=(0, 100))
+        axis.invert_yaxis()
+    figure.suptitle(f"{results[0]['model']}: after fine-tuning; pale, before; line, the teacher")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_compress_parser()
+    parser.description = __doc__.splitlines()[0]
+    parser.set_defaults(out=Path("runs/compress_benchmark"))
+    flag = parser.add_argument
+    flag("--ratios", type=float, nargs="+", default=[4.0, 10.0], metavar="X")
+    flag("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    flag("--scratch-lr", type=float, default=1e-2, metavar="LR")
+    args = parser.parse_args(argv)
+    tensorly.set_backend("pytorch")
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        data = read_data(args)
+        teacher = load_teacher(args, data)
+    except ValueError as error:
+        parser.error(str(error))
+    taught = data.accuracy(data.predict(teacher))
+    print(f"{args.model}: {size(teacher):,} parameters, {taught:.2%}", flush=True)
+    print("\n| | method | parameters | before | after fine-tuning |\n|---|---|---:|---:|---:|")
+    results = []
+    for ratio in args.ratios:
+        for name in args.methods:
+            result = run(name, ratio, teacher, data, args)
+            results.append(result)
+            print(
+                f"| {ratio:g}x | {name} | {result['parameters']:,} | {result['before']:.2%} "
+                f"| {result['curve'][-1]:.2%} |",
+                flush=True,
+            )
+    try:
+        draw(results, taught, args.out / f"{args.model}.png")
+    except ImportError:
+        print("no picture: matplotlib is missing (extra plot)")
+
+
+if __name__ == "__main__":
+    main()
