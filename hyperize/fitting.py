@@ -488,11 +488,13 @@ class _Problem:
         # Affine, so that these graphs serve for every step
         graphs = {at: self.generate(at) for at in self.z}
         residuals = {at: w.detach().sub_(self.targets[at]) for at, w in graphs.items()}
+        # Where weighing is a large product it is not done twice
+        weighed = {at: self._weigh(at, residuals[at]) for at in self.moments}
         direction: list[Tensor] = []
         last = 0.0
         before: list[Tensor] = []
         for _ in range(_INNER):
-            gradient = self._gradient(block, graphs, residuals)
+            gradient = self._gradient(block, graphs, residuals, weighed)
             square = sum(float((g * g).sum(dtype=torch.float64)) for g in gradient)
             if square == 0:
                 break
@@ -503,20 +505,23 @@ class _Problem:
             else:
                 direction = [-g for g in gradient]
             before, last = gradient, square
-            if not self._step(block, direction, residuals):
+            if not self._step(block, direction, residuals, weighed):
                 break
         for tensor in block:
             tensor.requires_grad_(False)
 
     def _gradient(
-        self, block: list[Tensor], graphs: dict[int, Tensor], residuals: dict[int, Tensor]
+        self,
+        block: list[Tensor],
+        graphs: dict[int, Tensor],
+        residuals: dict[int, Tensor],
+        weighed: dict[int, Tensor],
     ) -> list[Tensor]:
+        """Half of the objective's gradient."""
         gradient = [torch.zeros_like(tensor) for tensor in block]
         for at, weight in graphs.items():
-            weighed = self._weigh(at, residuals[at])
-            parts = torch.autograd.grad(
-                weight, block, weighed, retain_graph=True, allow_unused=True
-            )
+            pull = weighed[at] if at in weighed else self._weigh(at, residuals[at])
+            parts = torch.autograd.grad(weight, block, pull, retain_graph=True, allow_unused=True)
             for whole, part in zip(gradient, parts, strict=True):
                 if part is not None:
                     whole += part
@@ -524,26 +529,31 @@ class _Problem:
 
     @torch.no_grad()
     def _step(
-        self, block: list[Tensor], direction: list[Tensor], residuals: dict[int, Tensor]
+        self,
+        block: list[Tensor],
+        direction: list[Tensor],
+        residuals: dict[int, Tensor],
+        weighed: dict[int, Tensor],
     ) -> bool:
         """Goes along a direction to the minimum; tells whether there was anything to gain."""
         for tensor, d in zip(block, direction, strict=True):
             tensor += d
         slope = curvature = 0.0
-        changes = {}
+        changes, of_weighed = {}, {}
         for at, residual in residuals.items():
-            change = self.generate(at).sub_(self.targets[at]).sub_(residual)
-            part, weighed = self._squares(at, change)
+            changes[at] = change = self.generate(at).sub_(self.targets[at]).sub_(residual)
+            part, pull = self._squares(at, change)
             curvature += part
-            slope += float((residual * weighed).sum(dtype=torch.float64))
-            changes[at] = change
+            slope += float((residual * pull).sum(dtype=torch.float64))
+            if at in weighed:
+                of_weighed[at] = pull
         length = -slope / curvature if curvature > 0 else 0.0
         gains = length > 0 and math.isfinite(length)
         for tensor, d in zip(block, direction, strict=True):
             tensor += ((length if gains else 0.0) - 1) * d
-        if gains:
-            for at, change in changes.items():
-                residuals[at].add_(change, alpha=length)
+        for all_of, steps in ((residuals, changes), (weighed, of_weighed)):
+            for at, change in steps.items() if gains else ():
+                all_of[at].add_(change, alpha=length)
         return gains
 
     @torch.no_grad()

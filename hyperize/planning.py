@@ -46,9 +46,11 @@ MAX_HIDDEN = 64
 TILE_WEIGHTS = (256, 2304)
 """Bounds of the weights in a tile: below, the embeddings dominate; above, the arithmetic does."""
 SLENDER = 0.85
-"""Weights in a tile over those of a square matrix of tiles, where there is no hidden layer. With
-this share tiles are of 64 kernels in ResNet-20 and in ResNet-56 on CIFAR-10; of 8 to 128 kernels
-those fit trained weights best in the sense of `fit_` with data, and trained fastest from scratch."""
+"""Weights in a tile over those of a square matrix of tiles, where there is no hidden layer.
+
+It makes tiles of 64 kernels in ResNet-20 and ResNet-56 on CIFAR-10. Of 8 to 128 kernels, about 64
+trained fastest from scratch, and fitted trained weights best, or nearly, by `fit_` with data.
+"""
 FEW = 8
 """An embedding shorter than this is a sign that other tiles would serve the request better."""
 
