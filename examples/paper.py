@@ -1,11 +1,11 @@
 """Training that survives a kill: what the experiments of the paper share.
 
-Imported by `mnist_paper.py` and `cifar_wrn_paper.py`; not a program of its own. The dense network
-and its hypernetwork version are trained in turns on the same batches, each with its own optimizer,
-schedule and number of steps. After each epoch everything is written to `checkpoint.pt` in the
-output folder. Started again with the same flags, a run goes on from there, and ends, on the same
-machine, with the same weights as if it had never stopped: the batches of an epoch depend on the
-seed and the epoch's number alone.
+Imported by `mnist_paper.py` and `cifar_wrn_paper.py`, and in parts by `compress_pretrained.py`; not
+a program of its own. The dense network and its hypernetwork version are trained in turns on the
+same batches, each with its own optimizer, schedule and number of steps. After each epoch everything
+is written to `checkpoint.pt` in the output folder. Started again with the same flags, a run goes on
+from there, and ends, on the same machine, with the same weights as if it had never stopped: the
+batches of an epoch depend on the seed and the epoch's number alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,10 +42,12 @@ class Run(Twin):
         steps: Training steps in all.
         l2: Factor of the L2 penalty on the generated weights, as a weight decay: half of it times
             the sum of squares is added to the loss.
+        curve: Whatever figures the caller takes along the way; checkpoints keep them.
     """
 
     steps: int = 0
     l2: float = 0.0
+    curve: list[float] = field(default_factory=list)
 
 
 def make_run(
@@ -214,6 +216,7 @@ def suspend(path: Path, runs: Sequence[Run], settings: dict[str, Any], epochs: i
                 "optimizer": run.optimizer.state_dict(),
                 "schedule": run.schedule.state_dict(),
                 "seconds": run.seconds[-TIMED:],
+                "curve": run.curve,
             }
             for run in runs
         ],
@@ -250,4 +253,5 @@ def resume(path: Path, runs: Sequence[Run], settings: dict[str, Any]) -> int:
         run.optimizer.load_state_dict(saved["optimizer"])
         run.schedule.load_state_dict(saved["schedule"])
         run.seconds[:] = saved["seconds"]
+        run.curve[:] = saved.get("curve", ())  # older checkpoints have none
     return state["epochs"]

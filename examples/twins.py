@@ -268,6 +268,10 @@ def to_floats(pixels: Tensor) -> Tensor:
 
 def classified(model: nn.Module, images: Images, batch_size: int = 500) -> float:
     """The share of images that a model classifies correctly."""
-    pairs = zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True)
-    correct = (model(to_floats(pixels)).argmax(1) == labels for pixels, labels in pairs)
-    return torch.cat(list(correct)).float().mean().item()
+    return (predicted(model, images, batch_size) == images.labels).float().mean().item()
+
+
+def predicted(model: Callable[[Tensor], Tensor], images: Images, batch_size: int = 500) -> Tensor:
+    """The classes that a model gives to images, (N,)."""
+    batches = images.pixels.split(batch_size)
+    return torch.cat([model(to_floats(pixels)).argmax(1) for pixels in batches])
