@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
@@ -100,6 +101,8 @@ class FitReport:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_(
     hyper: nn.Module,
     teacher: Teacher,
@@ -168,7 +171,7 @@ def fit_(
         error=problem.error(),
         history=tuple(history),
         seconds=time.perf_counter() - start,
-        notes=tuple(_notes(hyper, teacher, problem)),
+        notes=tuple(_notes(hyper, teacher, problem, batches is not None)),
     )
     statistics = {} if batches is None else _statistics(hyper, problem, batches)
     problem.write(hyper)
@@ -179,6 +182,8 @@ def fit_(
     return report
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def fit_plan(
     teacher: nn.Module,
     config: HyperConfig | None = None,
@@ -301,6 +306,16 @@ class _Moments:
         # (rows of all groups, ...) -> (groups, rows, columns)
         return (error.reshape(groups, -1, columns) @ self.matrix).view_as(error)
 
+    def norm(self, weight: Tensor) -> float:
+        """Mean square of the outputs that a weight makes, summed over them."""
+        return max(0.0, float((weight * self.weigh(weight)).sum(dtype=torch.float64)))
+
+    def norm_of_noise(self, weight: Tensor) -> float:
+        """The expectation of `norm` for random values of unit variance in a weight's place."""
+        groups, columns, _ = self.matrix.shape
+        trace = float(self.matrix.diagonal(dim1=1, dim2=2).sum())
+        return trace * weight.numel() / (groups * columns)
+
 
 class _Problem:
     """The least-squares problem, over copies of the hypernetwork and the embeddings."""
@@ -317,24 +332,29 @@ class _Problem:
         self.net.to(torch.promote_types(hypernet.scale.dtype, torch.float32))
         dtype = self.net.scale.dtype
         self.z = {at: z.detach().to(dtype, copy=True) for at, z in embeddings.items()}
-        self.targets, self.moments = targets, moments
+        self.targets = {at: target.to(dtype) for at, target in targets.items()}
+        # Inputs that are always zero say nothing of a weight
+        self.moments = {
+            at: _Moments(of.matrix.to(dtype), of.transposed)
+            for at, of in moments.items()
+            if of.matrix.any()
+        }
         self.factor: dict[int, float] = {}
         """Weight of a site's error in the objective."""
-        for at, target in targets.items():
-            wide = target.to(dtype)
-            std, mean = (float(t) for t in torch.std_mean(wide, correction=0))
+        for at, target in self.targets.items():
+            std, mean = (float(t) for t in torch.std_mean(target, correction=0))
             if std <= 1e-6 * abs(mean) or std == 0:  # constant: any scale does
                 std = 1 / math.sqrt(math.prod(target.shape[1:]))
             self.net.scale[at], self.net.offset[at] = std, mean
-            if at in moments:
-                norm = float((wide * moments[at].weigh(wide)).sum())
-                self.factor[at] = 1 / norm if norm > 0 else 0.0
-            elif moments:
-                norm = float(wide.square().sum())
-                self.factor[at] = 1 / norm if norm > 0 else 1.0
+            if at in self.moments:
+                of = self.moments[at]
+                self.factor[at] = 1 / (of.norm(target) or std**2 * of.norm_of_noise(target))
+            elif self.moments:
+                norm = float(target.square().sum())
+                self.factor[at] = 1 / (norm or std**2 * target.numel())
             else:
                 self.factor[at] = std**-2 if weighting == "relative" else 1.0
-        self.whole = sum(self._squares(at, t.to(dtype))[0] for at, t in targets.items())
+        self.whole = sum(self._squares(at, t)[0] for at, t in self.targets.items())
 
     def generate(self, at: int) -> Tensor:
         """The weight of a site as it is now."""
@@ -347,7 +367,8 @@ class _Problem:
     def _squares(self, at: int, error: Tensor) -> tuple[float, Tensor]:
         """A site's part of the objective, and half of its gradient."""
         weighed = self._weigh(at, error)
-        return float((error * weighed).sum(dtype=torch.float64)), weighed
+        # Rounding can make next to nothing negative
+        return max(0.0, float((error * weighed).sum(dtype=torch.float64))), weighed
 
     # The start: singular value decompositions
 
@@ -358,8 +379,9 @@ class _Problem:
             for head in self.net.plan.heads:
                 members = [at for at in self.z if self._grid(at).kernel == head.kernel]
                 layer = cast(nn.Linear, self.net.heads[head.kernel])
-                rows = {at: self._tiles(at).flatten(1) for at in members}
-                layer.bias.copy_(self._decompose(rows, layer.weight))
+                if members:  # all layers of a kernel size may have been replaced since
+                    rows = {at: self._tiles(at).flatten(1) for at in members}
+                    layer.bias.copy_(self._decompose(rows, layer.weight))
             return
         bases = {}
         for head in self.net.plan.heads:
@@ -369,7 +391,7 @@ class _Problem:
                 if self._grid(at).kernel == head.kernel:
                     x = self._tiles(at).flatten(0, 1)  # (tiles, lead, width) -> (rows, width)
                     gram[: x.shape[1], : x.shape[1]] += x.t() @ x * self._pull(at)
-            basis = torch.linalg.eigh(gram)[1].flip(1)[:, : self.net.fan_in]
+            basis = _eigh(gram)[1].flip(1)[:, : self.net.fan_in]
             bases[head.kernel] = F.pad(basis, (0, self.net.fan_in - basis.shape[1]))
             layer.weight.copy_(bases[head.kernel])
             layer.bias.zero_()
@@ -398,7 +420,7 @@ class _Problem:
             gram[:used, :used] += x.t() @ x * pull
             total += len(x) * pull
         mean /= total
-        values, vectors = torch.linalg.eigh(gram / total - torch.outer(mean, mean))
+        values, vectors = _eigh(gram / total - torch.outer(mean, mean))
         rank = min(length, features)
         deviations = values.flip(0)[:rank].clamp_min(0).sqrt()
         vectors = vectors.flip(1)[:, :rank]
@@ -422,8 +444,7 @@ class _Problem:
 
     def _tiles(self, at: int) -> Tensor:
         """A site's scaled target as tiles, (tiles, lead, width * k)."""
-        target = self.targets[at].to(self.net.scale.dtype)
-        target = (target - self.net.offset[at]) / self.net.scale[at]
+        target = (self.targets[at] - self.net.offset[at]) / self.net.scale[at]
         grid, lead = self._grid(at), self.net.lead
         if self.net.trunk_axis == 1 and target.ndim > 1:
             target = target.transpose(0, 1)
@@ -578,14 +599,11 @@ class _Problem:
     @torch.no_grad()
     def site_fit(self, at: int) -> SiteFit:
         """The errors of one site."""
-        target = self.targets[at].to(self.net.scale.dtype)
+        target = self.targets[at]
         error = self.generate(at) - target
         output = None
         if at in self.moments:
-            weigh = self.moments[at].weigh
-            output = _ratio(
-                float((error * weigh(error)).sum()), float((target * weigh(target)).sum())
-            )
+            output = _ratio(*(self.moments[at].norm(e) for e in (error, target)))
         squares = (float(t.square().sum(dtype=torch.float64)) for t in (error, target))
         return SiteFit(self.net.plan.sites[at].site.name, _ratio(*squares), output)
 
@@ -596,7 +614,7 @@ class _Problem:
         for at, target in self.targets.items():
             factor = float(self.net.scale[at]) ** -2
             missed += factor * float((self.generate(at) - target).square().sum())
-            whole += factor * float(target.to(self.net.scale.dtype).square().sum())
+            whole += factor * float(target.square().sum())
         return _ratio(missed, whole)
 
     @torch.no_grad()
@@ -608,6 +626,15 @@ class _Problem:
         hypernet.load_state_dict(self.net.state_dict())
         for at, z in self.z.items():
             _embedding(layers, hypernet.plan, at).copy_(z)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of a symmetric matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # many eigenvalues that only rounding tells apart
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
@@ -627,7 +654,7 @@ def _check_options(weighting: Any, sweeps: Any, tolerance: Any) -> None:
         raise ConfigError(f'weighting must be "relative" or "absolute", got {weighting!r}.')
     if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 0:
         raise ConfigError(f"sweeps must be a non-negative integer, got {sweeps!r}.")
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or tolerance < 0:
+    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise ConfigError(f"tolerance must be a non-negative number, got {tolerance!r}.")
 
 
@@ -650,6 +677,10 @@ def _targets(
             raise ModelError(
                 f"the teacher has no {site.name}, which the hyperized model generates; the teacher "
                 "must be of the architecture that was hyperized."
+            )
+        if not isinstance(weight, Tensor):
+            raise ModelError(
+                f"the teacher's {site.name} must be a tensor, got {type(weight).__name__}."
             )
         if tuple(weight.shape) != site.shape:
             raise ModelError(
@@ -680,9 +711,17 @@ def _state(teacher: Teacher) -> Mapping[str, Tensor]:
 
 
 def _module(hyper: nn.Module, teacher: Teacher) -> nn.Module:
-    """The teacher as a module to run, in evaluation mode; shares tensors with the one given."""
+    """The teacher as a module to run, in evaluation mode; shares parameters with the one given."""
     if isinstance(teacher, nn.Module):
-        return structural_copy(teacher, lambda tensor: tensor).eval()
+        try:  # running it may write into buffers
+            return structural_copy(
+                teacher, lambda t: t if isinstance(t, nn.Parameter) else t.clone()
+            ).eval()
+        except Exception as error:  # any model code can run here, and raise anything
+            raise ModelError(
+                f"the teacher cannot be copied ({type(error).__name__}: {error}); pass its state "
+                "dict, or fit without data."
+            ) from error
     dense = to_dense(hyper)
     try:
         dense.load_state_dict(teacher)
@@ -694,12 +733,12 @@ def _module(hyper: nn.Module, teacher: Teacher) -> nn.Module:
     return dense.eval()
 
 
-def _notes(hyper: nn.Module, teacher: Teacher, problem: _Problem) -> Iterator[str]:
-    state = _state(teacher)
+def _notes(hyper: nn.Module, teacher: Teacher, problem: _Problem, with_data: bool) -> Iterator[str]:
+    state = {n: t for n, t in _state(teacher).items() if isinstance(t, Tensor)}
     others = {
         name: tensor
         for name, tensor in hyper.state_dict().items()
-        if name in state and state[name].shape == tensor.shape
+        if name in state and isinstance(tensor, Tensor) and state[name].shape == tensor.shape
     }
     differ = [n for n, t in others.items() if not torch.equal(t, state[n].to(t))]
     if differ:
@@ -708,7 +747,7 @@ def _notes(hyper: nn.Module, teacher: Teacher, problem: _Problem) -> Iterator[st
             "left as they are"
         )
     blind = [at for at in problem.z if at not in problem.moments]
-    if problem.moments and blind:
+    if with_data and blind:
         first = problem.net.plan.sites[blind[0]].site.name
         yield (
             f"{len(blind)} weights ({first} first) were fitted without the data: their layers were "
@@ -741,9 +780,9 @@ def _batches(data: Iterable[Batch]) -> list[Tensor]:
 
 def _statistics(hyper: nn.Module, problem: _Problem, batches: list[Tensor]) -> dict[str, Tensor]:
     """The buffers of all batch norms for the fitted weights, of a copy of the model."""
-    twin = copy.deepcopy(hyper)
-    problem.write(twin)
     try:
+        twin = copy.deepcopy(hyper)
+        problem.write(twin)
         with torch.random.fork_rng(devices=[]):  # dropout
             update_bn(batches, twin)
     except Exception as error:  # any model code can run here, and raise anything
@@ -787,7 +826,8 @@ def _second_moments(
     for path, of in numbers.items():
         teacher.get_submodule(path).register_forward_hook(collect(of), with_kwargs=True)
     console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    bar = Progress(console=console, disable=not console.is_terminal)
+    with torch.random.fork_rng(devices=[]), bar as progress:
         for batch in progress.track(batches, description="running the teacher"):
             try:
                 teacher(batch)
@@ -821,7 +861,10 @@ def _vectors(layer: nn.Module, args: Any, kwargs: Any) -> Iterator[_Vectors]:
         x = x.transpose(1, 2).reshape(-1, layer.groups, layer.in_channels // layer.groups)
         yield "weight", _thinned(x).transpose(0, 1), True
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        yield "weight", _patches(_batched(inputs[0], layer), layer), False
+        x = _batched(inputs[0], layer)
+        if isinstance(layer, Conv2dSame):  # pads in its forward
+            x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
+        yield "weight", _patches(x, layer), False
     elif isinstance(layer, nn.Linear):
         yield "weight", _rows(inputs[0]), False
     elif isinstance(layer, nn.RNNBase):

@@ -82,11 +82,6 @@ over_models = pytest.mark.parametrize("name", MODELS)
 with_and_without_data = pytest.mark.parametrize("with_data", [False, True], ids=["", "data"])
 
 
-def defect(reason):
-    """A test of what is known not to hold yet."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def make(name, seed=1, **options):
     """A teacher, a hyperized model of it, and two batches."""
     build, shape, given = MODELS[name]
@@ -192,7 +187,6 @@ def test_with_data_too_each_part_keeps_its_training_flag(frozen):
 
 
 @pytest.mark.parametrize("kind", ["random", "buffer"])
-@defect("the generator advances, buffers are shared")
 def test_a_teacher_with_side_effects_is_run_without_them(kind):
     class Teacher(Stage):
         def __init__(self):
@@ -223,7 +217,6 @@ def test_what_was_removed_since_is_skipped():
     before.check(lambda key: "hypernet." in key or key.endswith("_embedding"))
 
 
-@defect("0 / 0 in the decomposition")
 def test_a_kernel_size_may_have_lost_all_its_layers():
     teacher = randomise(Stage())
     options = {"targets": ALL, "include": ("conv1", "head")}
@@ -235,7 +228,6 @@ def test_a_kernel_size_may_have_lost_all_its_layers():
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@defect("gradients are not switched on")
 def test_it_fits_where_gradients_are_off(context):
     teacher, hyper, _ = make("stage")
     other = copy.deepcopy(hyper)
@@ -322,7 +314,6 @@ def test_a_teacher_of_another_dtype_serves(dtype):
     assert {tensor.dtype for tensor in other.parameters()} == {torch.float32}
 
 
-@defect("the moments have the teacher's dtype")
 def test_a_teacher_of_another_dtype_serves_with_data_too():
     teacher, hyper, batches = make("convolutions")
     other = copy.deepcopy(hyper)
@@ -531,7 +522,6 @@ def test_what_another_hypernetwork_of_the_plan_generated_is_recovered(name, opti
     assert report.error < PLANTED
 
 
-@defect("eigh does not converge in float32")
 def test_tiles_that_fill_little_of_a_head_are_decomposed():
     # Cells of 24 columns in tiles of 4: the hidden layer is wider than what is made of it
     teacher, hyper, _ = make("cells", **TWO_LAYERS)
@@ -548,7 +538,7 @@ def test_tiles_that_fill_little_of_a_head_are_decomposed():
     [
         (0.0, False, 0.1),
         (0.3, False, 0.1),
-        pytest.param(0.0, True, 0.2, marks=defect("outputs of zero have no weight")),
+        (0.0, True, 0.2),
         (0.3, True, 0.4),
     ],
 )
@@ -850,7 +840,6 @@ def test_weights_that_the_data_does_not_inform_are_fitted_all_the_same_and_noted
     assert f"{len(reached) - 1} weights" in note
 
 
-@defect("noted only if some weight is informed")
 def test_data_that_informs_no_weight_is_noted():
     class Nothing(Stage):
         def forward(self, x):
@@ -861,7 +850,6 @@ def test_data_that_informs_no_weight_is_noted():
     assert any("without the data" in note for note in report.notes)
 
 
-@defect("patches are cut from what is not padded")
 def test_a_layer_that_pads_its_input_itself_can_be_reached():
     # TensorFlow's "same", whose input can be smaller than the kernel
     teacher = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), Conv2dSame(16, 32, 5, stride=2))
@@ -1035,16 +1023,7 @@ REFUSED = {
 }
 
 
-NOT_YET = {
-    "arrays": "AttributeError",
-    "uncopyable": "the model's own error",
-    "tolerance=nan": "taken",
-}
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=defect(NOT_YET[n])) if n in NOT_YET else n for n in REFUSED]
-)
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_fitted_is_refused_and_the_model_left_as_it_was(name):
     make_teacher, options, error, words = REFUSED[name]
     hyper = hyperize(stage(), seed=1)
@@ -1086,7 +1065,7 @@ def test_what_generates_nothing_is_refused(hyper, words):
     "kind",
     [
         "one-sample",
-        pytest.param("other-dtype", marks=defect("RuntimeError: moments of the teacher")),
+        "other-dtype",
     ],
 )
 def test_data_on_which_statistics_cannot_be_taken_changes_nothing(kind):
@@ -1116,7 +1095,6 @@ def test_an_empty_batch_among_others_changes_nothing():
     assert all(tensor.isfinite().all() for tensor in other.state_dict().values())
 
 
-@defect("extra state has no shape")
 def test_a_model_with_extra_state_is_fitted():
     class Versioned(Stage):
         def get_extra_state(self):
