@@ -32,7 +32,16 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hyperize import ConfigError, HyperizeError, ModelError, fit_, hyperize, to_dense
+from hyperize import (
+    ConfigError,
+    HyperizeError,
+    ModelError,
+    fit_,
+    fit_plan,
+    hyperize,
+    make_plan,
+    to_dense,
+)
 from hyperize.layers import registered_kinds
 from hyperize.rewrite import find_hypernet
 
@@ -1104,3 +1113,53 @@ def test_a_model_with_extra_state_is_fitted():
 
     teacher = randomise(Versioned())
     assert fit_(hyperize(teacher, seed=1), teacher).notes == ()
+
+
+# --------------------------------------------------------------------------------------- fit_plan
+
+
+def planned(name, with_data, **options):
+    build, shape, given = MODELS[name]
+    torch.manual_seed(0)
+    teacher = randomise(build())
+    data = [torch.randn(shape, generator=torch.Generator().manual_seed(1))] if with_data else None
+    before = Snapshot(teacher)
+    given = {k: v for k, v in given.items() if k in ("targets", "compression")}
+    plan = fit_plan(teacher, data=data, seed=0, **given | options)
+    before.check()
+    return teacher, data, plan
+
+
+@pytest.mark.parametrize("name", ["convolutions", "stage", "crnn", "timm"])
+@with_and_without_data
+def test_planned_tiles_meet_the_request_and_miss_no_more_than_the_default(name, with_data):
+    teacher, data, plan = planned(name, with_data, compression=3)
+    assert plan.compression >= 3
+    assert plan.hidden_dim == 0
+    default = make_plan(teacher, plan.config.replace(tile=None, hidden_dim=None))
+    # What a plan skips is not missed, so only plans of the same weights can be compared
+    if {p.site for p in default.sites} == {p.site for p in plan.sites}:
+        ours, theirs = (
+            fit_(hyperize(teacher, p), teacher, data=data, sweeps=10, tolerance=0).history[-1]
+            for p in (plan, default)
+        )
+        assert ours <= theirs * (1 + OPTIMAL)
+
+
+def test_planning_by_weights_finds_the_tile_that_they_were_made_of():
+    generator = torch.Generator().manual_seed(0)
+    teacher = nn.Sequential(*(nn.Conv2d(32, 32, 3) for _ in range(4)))
+    basis = torch.randn(4, 8 * 9, generator=generator)
+    for conv in teacher:
+        chunks = torch.randn(128, 4, generator=generator) @ basis
+        conv.weight.data = chunks.view_as(conv.weight) / 10
+    plan = fit_plan(teacher, compression=8)
+    assert plan.tile == {"3x3": (1, 8)}
+    assert make_plan(teacher, compression=8).tile != plan.tile
+    assert fit_(hyperize(teacher, plan), teacher).error < PLANTED
+
+
+@pytest.mark.parametrize("options", [{"tile": (1, 8)}, {"hidden_dim": 16}])
+def test_what_planning_by_weights_chooses_cannot_be_given(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        fit_plan(stage(), **options)

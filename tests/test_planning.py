@@ -204,3 +204,61 @@ def test_explicit_sizes_that_save_nothing_are_noted():
     assert plan.hyper_params > plan.dense_params
     assert any("save nothing" in note for note in plan.notes)
     assert not make_plan(model, compression=1.5).notes
+
+
+@pytest.mark.parametrize("trunk_axis", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "rows", "width"),
+    [
+        ((64, 32, 3, 3), 128, 16),
+        ((20, 20, 3, 3), 25, 16),  # over the ends of rows, all tiles full
+        ((9, 5, 3, 3), 3, 16),  # but the last
+        ((96, 1, 3, 3), 6, 16),  # depthwise
+        ((2, 3, 3, 3), 1, 6),  # smaller than a tile
+        ((7,), 1, 7),  # a vector
+    ],
+)
+def test_tiles_of_one_channel_go_over_the_weight_in_order(shape, rows, width, trunk_axis):
+    grid = make_grid(shape, 1, Head("3x3", 16, 9), trunk_axis)
+    assert (grid.rows, grid.parts, grid.width, grid.tiles) == (rows, 1, width, rows)
+    assert 0 <= grid.rows * grid.width - math.prod(shape[:2]) < 16
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_a_hidden_layer_there_is_no_trunk(name):
+    model = meta(name)
+    plan = make_plan(model, hidden_dim=0)
+    assert (plan.hidden_dim, plan.lead, plan.fan_in) == (0, 1, plan.embedding_dim)
+    heads = sum(head.width * (plan.embedding_dim + 1) for head in plan.heads)
+    assert plan.hypernet_params == heads
+    assert plan.hyper_params == plan.tiles * plan.embedding_dim + heads
+    hyper = hyperize(model, plan)
+    assert not [key for key in hyper.state_dict() if "trunk" in key]
+    assert count(hyper) == plan.total_hyper_params
+
+
+def test_hidden_dim_decides_between_the_forms():
+    model = meta("resnet18")
+    assert make_plan(model).hidden_dim == 0  # what the planner prefers
+    for options in ({"hidden_dim": 32}, {"tile": (16, 16)}):
+        plan = make_plan(model, **options)
+        assert plan.hidden_dim > 0
+        assert plan.hypernet_params > plan.lead * plan.hidden_dim * (plan.embedding_dim + 1)
+    for tile in ((16, 16), {"3x3": (16, 16)}):
+        with pytest.raises(ConfigError, match="one channel"):
+            HyperConfig(hidden_dim=0, tile=tile)
+    with pytest.raises(ConfigError, match="one channel"):
+        HyperConfig(hidden_dim=0, tile=(1, 16), trunk_axis=1)
+    HyperConfig(hidden_dim=0, tile=(16, 1), trunk_axis=1)
+    for value in (-1, 1.0, False, True, "0"):
+        with pytest.raises(ConfigError, match="hidden_dim"):
+            HyperConfig(hidden_dim=value)
+
+
+def test_a_plan_is_taken_in_place_of_a_request():
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
+    plan = make_plan(model, compression=6, seed=0)
+    one, other = hyperize(model, plan), hyperize(model, compression=6, seed=0)
+    assert torch.equal(one[1].weight, other[1].weight)
+    with pytest.raises(ConfigError, match="compression"):
+        hyperize(model, plan, compression=5)
