@@ -466,7 +466,7 @@ def test_features_only_models():
 def test_constant_layers_start_so_and_learn(value, trunk_axis):
     model = Stage()
     nn.init.constant_(model.conv2.weight, value)  # whose output is used as it is
-    hyper = hyperize(model, compression=2, trunk_axis=trunk_axis).eval()
+    hyper = hyperize(model, embedding_dim=4, trunk_axis=trunk_axis).eval()
     assert torch.equal(hyper.conv2.weight, model.conv2.weight)
     optimizer = torch.optim.SGD(hyper.parameters(), lr=0.1)
     hyper(torch.randn(2, 3, 8, 8)).square().sum().backward()
