@@ -8,6 +8,7 @@ Every method gets as many parameters as ours or fewer, the same data, batches, s
 distillation from the same teacher (`examples/compress_pretrained.py`). Those that start from
 trained weights have the learning rate `--lr`, those that start from scratch `--scratch-lr`:
 
+    channel   hyperize with embeddings of channels, then fit_ with data
     fit       hyperize, then fit_ with data
     free      the same, fitted without data
     scratch   hyperize at its random start
@@ -55,8 +56,14 @@ def size(model: nn.Module) -> int:
     return sum(param.numel() for param in model.parameters())
 
 
-def ours(teacher: nn.Module, ratio: float, args: argparse.Namespace) -> nn.Module:
-    return hyperize(teacher, compression=ratio, exclude="conv1", seed=args.seed)
+def ours(teacher: nn.Module, ratio: float, args: argparse.Namespace, **options: Any) -> nn.Module:
+    return hyperize(teacher, compression=ratio, exclude="conv1", seed=args.seed, **options)
+
+
+def channel(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+    model = ours(teacher, ratio, args, embeddings="channel")
+    fit_(model, teacher, data=data.sample(args.fit_samples, args.batch_size, args.seed))
+    return model
 
 
 def fit(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
@@ -160,6 +167,7 @@ def cp(conv: nn.Conv2d, share: float) -> nn.Sequential:
 
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
+    "channel": channel,
     "fit": fit,
     "free": free,
     "scratch": scratch,
@@ -218,7 +226,7 @@ def draw(results: Sequence[dict[str, Any]], taught: float, path: Path) -> None:
         rows = [r for r in results if r["ratio"] == ratio]
         names = [r["method"] for r in rows]
         after = [100 * r["curve"][-1] for r in rows]
-        colors = ["C0" if n in ("fit", "free", "scratch") else "C7" for n in names]
+        colors = ["C0" if n in ("channel", "fit", "free", "scratch") else "C7" for n in names]
         bars = axis.barh(names, after, color=colors)
         axis.barh(names, [100 * r["before"] for r in rows], color="white", alpha=0.45)
         axis.bar_label(bars, fmt="%.1f", padding=3)

@@ -48,6 +48,10 @@ class HyperConfig:
         include: Globs over module paths (`fnmatch` rules, `*` also crosses dots); only matching
             layers are rewritten.
         exclude: Globs over module paths; matching layers stay dense. Wins over `include`.
+        embeddings: What has an embedding of its own. "tile": each tile. "channel": each channel
+            along both axes of a weight; the embedding of a kernel is the product of those of its
+            two channels, and there is no hidden layer and no choice of tiles. A weight is a CP
+            decomposition then, of which all layers share the factor over the kernel.
         embedding_dim: Length Nz of every tile's embedding; `None` lets the planner take the
             largest that meets the request.
         hidden_dim: Length d of the hypernetwork's hidden layer. 0 is for none: a tile is a linear
@@ -79,6 +83,7 @@ class HyperConfig:
     targets: tuple[str, ...] = ("conv2d", "lstm")
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    embeddings: Literal["tile", "channel"] = "tile"
     embedding_dim: int | None = None
     hidden_dim: int | None = None
     tile: Tile | tuple[tuple[str, Tile], ...] | Mapping[str, Tile] | None = None
@@ -113,6 +118,13 @@ class HyperConfig:
             raise ConfigError(
                 "tile: the trunk is shared by all kernel sizes, so every tile needs the same "
                 f"number of channels along trunk_axis={self.trunk_axis}, got {self.tile!r}."
+            )
+        if self.embeddings not in ("tile", "channel"):
+            raise ConfigError(f'embeddings must be "tile" or "channel", got {self.embeddings!r}.')
+        if self.embeddings == "channel" and (hidden or self.tile is not None):
+            raise ConfigError(
+                'embeddings="channel" has no hidden layer and no tiles to choose, got '
+                f"hidden_dim={hidden!r}, tile={self.tile!r}."
             )
         if hidden == 0 and (leads := self.leads) and leads != {1}:
             raise ConfigError(

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Literal, cast
 
 import torch
@@ -45,6 +46,8 @@ _INNER = 5
 """Conjugate gradients per block and sweep; more of them wait for the other blocks."""
 _SCORING = 10
 """Sweeps by which `fit_plan` compares plans."""
+_APPROACH = 100
+"""Sweeps from a random start, at most."""
 _SAMPLES = 8192
 """Input vectors per batch and layer, about, from which second moments are estimated."""
 
@@ -331,7 +334,11 @@ class _Problem:
         self.net = copy.deepcopy(hypernet).requires_grad_(False)
         self.net.to(torch.promote_types(hypernet.scale.dtype, torch.float32))
         dtype = self.net.scale.dtype
-        self.z = {at: z.detach().to(dtype, copy=True) for at, z in embeddings.items()}
+        self.z = {
+            at: list(z.detach().to(dtype, copy=True).split(self._lengths(at)))
+            for at, z in embeddings.items()
+        }
+        """The embeddings of each site; with those of channels, of its two axes apart."""
         self.targets = {at: target.to(dtype) for at, target in targets.items()}
         # Inputs that are always zero say nothing of a weight
         self.moments = {
@@ -358,7 +365,12 @@ class _Problem:
 
     def generate(self, at: int) -> Tensor:
         """The weight of a site as it is now."""
-        return self.net._generate(self.z[at], at)
+        z = self.z[at]
+        return self.net._generate(z[0] if len(z) == 1 else torch.cat(z), at)
+
+    def _lengths(self, at: int) -> list[int]:
+        grid = self._grid(at)
+        return [grid.rows, grid.width] if self.net.channelwise else [grid.tiles]
 
     def _weigh(self, at: int, error: Tensor) -> Tensor:
         weighed = self.moments[at].weigh(error) if at in self.moments else error
@@ -375,6 +387,17 @@ class _Problem:
     @torch.no_grad()
     def start(self) -> None:
         """Sets all blocks by the truncated decompositions of the tiles, padding taken as zero."""
+        if self.net.channelwise:
+            # As usual for CP decompositions, at random
+            generator = torch.Generator().manual_seed(0)
+            for tensor in (*self.net.heads.parameters(), *chain.from_iterable(self.z.values())):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            for layer in self.net.heads.values():
+                cast(nn.Linear, layer).bias.zero_()
+                cast(nn.Linear, layer).weight.div_(math.sqrt(self.net.fan_in))
+            if self.moments:
+                self._approach()
+            return
         if self.net.trunk is None:
             for head in self.net.plan.heads:
                 members = [at for at in self.z if self._grid(at).kernel == head.kernel]
@@ -400,6 +423,14 @@ class _Problem:
             x = self._tiles(at)
             rows[at] = (x @ bases[self._grid(at).kernel][: x.shape[2]]).flatten(1)
         self.net.trunk.bias.copy_(self._decompose(rows, self.net.trunk.weight))
+
+    @torch.enable_grad()
+    def _approach(self) -> None:
+        """Fits the weights alone before the outputs, for which a random start is too far away."""
+        informed = self.moments, self.factor
+        self.moments, self.factor = {}, {at: float(self.net.scale[at]) ** -2 for at in self.z}
+        self.alternate(_APPROACH, 1e-3)
+        self.moments, self.factor = informed
 
     def _decompose(self, rows: dict[int, Tensor], weight: Tensor) -> Tensor:
         """Sets a layer's weight and the embeddings by principal components.
@@ -429,8 +460,8 @@ class _Problem:
         weight[:, :rank] = vectors * deviations
         for at, x in rows.items():
             used = x.shape[1]
-            self.z[at].zero_()
-            self.z[at][:, :rank] = (x - mean[:used]) @ vectors[:used] / deviations
+            self.z[at][0].zero_()
+            self.z[at][0][:, :rank] = (x - mean[:used]) @ vectors[:used] / deviations
         return mean
 
     def _grid(self, at: int) -> Grid:
@@ -464,7 +495,8 @@ class _Problem:
     def blocks(self) -> list[list[Tensor]]:
         """Groups of tensors in each of which all weights are affine."""
         layers = [m for m in (self.net.trunk, self.net.heads) if m is not None]
-        return [list(self.z.values()), *(list[Tensor](m.parameters()) for m in layers)]
+        embeddings = [list(part) for part in zip(*self.z.values(), strict=True)]
+        return [*embeddings, *(list[Tensor](m.parameters()) for m in layers)]
 
     def alternate(self, sweeps: int, tolerance: float) -> list[float]:
         """Sweeps over the blocks until the objective stands.
@@ -478,7 +510,7 @@ class _Problem:
             task = progress.add_task("fitting", total=sweeps)
             history = [self.objective() / whole]
             for _ in range(sweeps):
-                tensors = [*self.net.parameters(), *self.z.values()]
+                tensors = [*self.net.parameters(), *chain.from_iterable(self.z.values())]
                 before = [tensor.clone() for tensor in tensors]
                 for block in self.blocks():
                     self._solve(block)
@@ -584,15 +616,15 @@ class _Problem:
         Gradients of the layer that reads them are even then; they start that way, so that what
         alternation does to them is put right.
         """
-        size = sum(len(z) for z in self.z.values())
-        squares = sum((z.square().sum(0) for z in self.z.values()), torch.zeros(()))
-        deviation = (cast(Tensor, squares) / size).sqrt()
-        deviation = torch.where(deviation > 0, deviation, 1.0)
-        for z in self.z.values():
-            z /= deviation
         readers = self.net.heads.values() if self.net.trunk is None else [self.net.trunk]
-        for layer in readers:
-            cast(nn.Linear, layer).weight.mul_(deviation)
+        for part in zip(*self.z.values(), strict=True):
+            squares = torch.stack([z.square().sum(0) for z in part]).sum(0)
+            deviation = (squares / sum(len(z) for z in part)).sqrt()
+            deviation = torch.where(deviation > 0, deviation, 1.0)
+            for z in part:
+                z /= deviation
+            for layer in readers:
+                cast(nn.Linear, layer).weight.mul_(deviation)
 
     # The end
 
@@ -625,7 +657,7 @@ class _Problem:
         layers = generated_layers(hyper)
         hypernet.load_state_dict(self.net.state_dict())
         for at, z in self.z.items():
-            _embedding(layers, hypernet.plan, at).copy_(z)
+            _embedding(layers, hypernet.plan, at).copy_(torch.cat(z))
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ Chang, Flokas, Lipson 2020, arXiv 2312.08399):
 
     W = scale * (W_out (W_i z + B_i) + B_out) + offset
 
-Without a hidden layer W_i z + B_i is z itself.
+Without a hidden layer W_i z + B_i is z itself. With embeddings of channels it is u_i * v_j, of a
+kernel's two channels, which makes each weight a CP decomposition.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class HyperNet(nn.Module):
         self.plan = plan
         self.trunk_axis = plan.config.trunk_axis
         self.lead = plan.lead
+        self.channelwise = plan.config.embeddings == "channel"
         self.fan_in = plan.fan_in
         self.embedding_dim = plan.embedding_dim
         device = torch.get_default_device() if device is None else device
@@ -92,7 +94,7 @@ class HyperNet(nn.Module):
         """Generates a site's weight, or the weights of several sites in one call.
 
         Args:
-            embedding: The site's embeddings, (tiles, Nz).
+            embedding: The site's embeddings, (tiles, Nz), or (rows + columns, Nz) of channels.
             site: The site's number in the plan.
 
         Returns:
@@ -148,6 +150,11 @@ class HyperNet(nn.Module):
         head = self.heads[grid.kernel]
         assert isinstance(head, nn.Linear)
         used = grid.width * math.prod(grid.shape[2:])
+        if self.channelwise:
+            rows, columns = embedding[: grid.rows], embedding[grid.rows :]
+            # (columns, 1, Nz) * (k, Nz) -> (columns * k, Nz)
+            kernels = (columns[:, None] * head.weight).flatten(0, 1)
+            return rows * scale, kernels, (head.bias * scale + offset).repeat(len(columns))
         # The scale enters where the numbers are few
         a = embedding * scale  # (tiles, Nz)
         if self.trunk is None:

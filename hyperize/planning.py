@@ -15,6 +15,10 @@ Without a hidden layer (d = 0) there is no trunk, lead is 1, and a tile is K = W
 
     tiles * Nz  +  sum over heads of trail * k * (Nz + 1).
 
+With embeddings of channels a tile is one kernel, K_ij = W_out (u_i * v_j) + B_out, of the
+embeddings u_i and v_j of its two channels, and a weight has as many embeddings as channels along
+both axes.
+
 This is what the planner prefers: at the same size its tiles fit trained weights at least as well,
 networks learn faster from scratch, and one product writes a weight in its memory order.
 
@@ -85,7 +89,7 @@ class Grid:
         rows: Rows (channels along the trunk axis, after folding).
         parts: Tiles along the other axis.
         width: Channels of each part.
-        tiles: Number of tiles.
+        tiles: Number of embeddings: tiles, or channels along both axes.
     """
 
     shape: tuple[int, ...]
@@ -269,7 +273,8 @@ class Plan:
                 f"{kernels[h.kernel]} weights"
                 for h in self.heads
             ),
-            f"tiles   {self.tiles:,} embeddings of {nz}   {self.embedding_params:,} parameters",
+            f"{self.config.embeddings:<8}{self.tiles:,} embeddings of {nz}   "
+            f"{self.embedding_params:,} parameters",
         ]
         lines += generator if self.sites else []
         lines += [
@@ -326,10 +331,15 @@ def kernel_name(shape: Sequence[int]) -> str:
     return "1" if math.prod(kernel) == 1 else "x".join(map(str, kernel))
 
 
-def make_grid(shape: Sequence[int], lead: int, head: Head, trunk_axis: int) -> Grid:
+def make_grid(
+    shape: Sequence[int], lead: int, head: Head, trunk_axis: int, channelwise: bool = False
+) -> Grid:
     """Cuts a weight of the given shape into tiles of `lead` x `head.trail` channels."""
     channels = [*shape[:2], 1][:2]  # a vector is a matrix of one column
     rows, columns = channels[trunk_axis], channels[1 - trunk_axis]
+    if channelwise:
+        turned = (rows, columns, *shape[2:])
+        return Grid(turned, head.kernel, rows, 1, columns, rows + columns)
     if lead == 1:  # a row's end need not be a tile's, so that all tiles but the last are full
         width = min(rows * columns, head.trail)
         rows, parts = -(-rows * columns // width), 1
@@ -444,6 +454,9 @@ def _geometries(
             given.append(Head(kernel, tile[1 - axis], elements))
         yield lead, tuple(given)
         return
+    if config.embeddings == "channel":
+        yield 1, tuple(Head(kernel, 1, elements) for kernel, elements in kernels.items())
+        return
     weights = Counter[str]()
     for shape, count in shapes.items():
         weights[kernel_name(shape)] += math.prod(shape) * count
@@ -483,7 +496,7 @@ def _size(
     budget: _Budget,
 ) -> _Choice | None:
     """Hidden and embedding sizes for one geometry; None if no site would be left in any."""
-    table = _Table(lead, heads, shapes, config.trunk_axis)
+    table = _Table(lead, heads, shapes, config)
     widest = max(head.width for head in heads)
     if config.hidden_dim is not None:
         hidden = [config.hidden_dim]
@@ -523,12 +536,19 @@ class _Table:
         lead: int,
         heads: tuple[Head, ...],
         shapes: Mapping[tuple[int, ...], int],
-        trunk_axis: int,
+        config: HyperConfig,
     ) -> None:
         self.lead, self.heads = lead, heads
         by_kernel = {head.kernel: head for head in heads}
         grids = [
-            make_grid(shape, lead, by_kernel[kernel_name(shape)], trunk_axis) for shape in shapes
+            make_grid(
+                shape,
+                lead,
+                by_kernel[kernel_name(shape)],
+                config.trunk_axis,
+                config.embeddings == "channel",
+            )
+            for shape in shapes
         ]
         index = {head.kernel: at for at, head in enumerate(heads)}
         self.counts = np.array(list(shapes.values()), dtype=np.int64)
@@ -600,7 +620,7 @@ class _Table:
 def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
     shapes = dict.fromkeys((site.shape for site in found.sites), 1)
     counts = Counter(site.shape for site in found.sites)
-    table = _Table(choice.lead, choice.heads, {s: counts[s] for s in shapes}, config.trunk_axis)
+    table = _Table(choice.lead, choice.heads, {s: counts[s] for s in shapes}, config)
     nz = np.array([choice.embedding_dim], dtype=np.int64)
     kept, heads_kept = table.kept(choice.hidden_dim, nz)
     stays = dict(zip(shapes, kept[:, 0].tolist(), strict=True))
@@ -610,7 +630,9 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
     skips: list[Skip] = list(found.skips)
     for site in found.sites:
         kernel = kernel_name(site.shape)
-        grid = make_grid(site.shape, choice.lead, all_heads[kernel], config.trunk_axis)
+        channelwise = config.embeddings == "channel"
+        head = all_heads[kernel]
+        grid = make_grid(site.shape, choice.lead, head, config.trunk_axis, channelwise)
         cost = grid.tiles * choice.embedding_dim
         if stays[site.shape]:
             sites.append(PlannedSite(site, grid, cost))

@@ -286,13 +286,14 @@ def _initialise(
         z = torch.randn(shape, generator=generator, device="cpu").to(hypernet.scale)
         if std > 0:
             drawn_mean, drawn_std = hypernet.moments(z, at)
-            z /= drawn_std
+            # Of channels, two embeddings are multiplied
+            z /= drawn_std.sqrt() if hypernet.channelwise else drawn_std
             hypernet.scale[at] = std
             hypernet.offset[at] = mean - std * drawn_mean / drawn_std
         else:
             # Constant weights (those of zero-initialised layers among them) start exactly so, and
             # learn through their embeddings at the pace of a layer of fan-in variance.
-            z.zero_()
+            z[: sites[at].grid.rows if hypernet.channelwise else None] = 0
             hypernet.scale[at] = 1 / math.sqrt(math.prod(weight.shape[1:]))
             hypernet.offset[at] = mean
         embeddings.append(nn.Parameter(z.to(weight.dtype)))
