@@ -395,6 +395,8 @@ class _Problem:
             for layer in self.net.heads.values():
                 cast(nn.Linear, layer).bias.zero_()
                 cast(nn.Linear, layer).weight.div_(math.sqrt(self.net.fan_in))
+            for rows, _ in self.z.values():
+                rows.zero_()  # the first to be solved for
             if self.moments:
                 self._approach()
             return

@@ -70,6 +70,13 @@ MODELS = {
     "convolutions": (Convolutions, (4, 3, 16, 16), {}),
     "no-hidden-layer": (Convolutions, (4, 3, 16, 16), {"hidden_dim": 0, "targets": ALL}),
     "paper-axis": (Convolutions, (4, 3, 16, 16), {**TWO_LAYERS, "trunk_axis": 1}),
+    "channels": (Convolutions, (4, 3, 16, 16), {"embeddings": "channel", "targets": ALL}),
+    "channels-recurrent": (CRNN, (2, 1, 8, 16), {"embeddings": "channel", "targets": ALL}),
+    "channels-transposed": (
+        lambda: Transposed(dims=1),
+        (4, 2, 16),
+        {"embeddings": "channel", "trunk_axis": 1, "targets": ALL, "compression": 3},
+    ),
     "stage": (Stage, (4, 3, 8, 8), {"targets": ALL}),
     "crnn": (CRNN, (2, 1, 8, 16), {"targets": ALL}),
     "autoencoder-1d": (lambda: Transposed(dims=1), (4, 2, 16), {"targets": ALL, "compression": 4}),

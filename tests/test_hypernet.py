@@ -106,3 +106,36 @@ def test_a_hypernet_holds_what_the_plan_counts():
     hypernet = HyperNet(plan, torch.float64)
     assert sum(p.numel() for p in hypernet.parameters()) == plan.hypernet_params
     assert {t.dtype for t in hypernet.state_dict().values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("trunk_axis", [0, 1])
+def test_a_kernel_is_made_of_the_product_of_its_channels(trunk_axis):
+    model = nn.Sequential(nn.Conv2d(24, 16, 3), nn.Conv2d(16, 40, 3))
+    hyper = hyperize(model, embeddings="channel", trunk_axis=trunk_axis, compression=3).double()
+    hypernet = hyper[0].hypernet
+    with torch.no_grad():
+        for param in hypernet.parameters():
+            param.normal_()
+    head = hypernet.heads["3x3"]
+    for at, layer in enumerate(hyper):
+        rows, columns = (layer.out_channels, layer.in_channels)[:: 1 - 2 * trunk_axis]
+        u, v = layer.weight_embedding.split([rows, columns])
+        kernels = torch.einsum("ir,jr,kr->ijk", u, v, head.weight) + head.bias
+        if trunk_axis == 1:
+            kernels = kernels.transpose(0, 1)
+        expected = hypernet.scale[at] * kernels + hypernet.offset[at]
+        torch.testing.assert_close(layer.weight.flatten(2), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_channels_start_with_the_moments_of_what_they_replace(dtype):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 32, 1), nn.Conv2d(32, 64, 3))
+    with torch.no_grad():
+        model[1].weight.add_(0.1)
+    model = model.to(dtype)
+    hyper = hyperize(model, embeddings="channel", compression=4, targets="conv2d")
+    for dense, layer in zip(model, hyper, strict=True):
+        ours, theirs = layer.weight.double(), dense.weight.double()
+        limit = 0.02 if dtype is torch.bfloat16 else 1e-3
+        assert abs(ours.std() / theirs.std() - 1) < limit
+        assert abs(ours.mean() - theirs.mean()) < limit * theirs.std()

@@ -262,3 +262,29 @@ def test_a_plan_is_taken_in_place_of_a_request():
     assert torch.equal(one[1].weight, other[1].weight)
     with pytest.raises(ConfigError, match="compression"):
         hyperize(model, plan, compression=5)
+
+
+@pytest.mark.parametrize("trunk_axis", [0, 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_channels_have_embeddings_along_both_axes(name, trunk_axis):
+    model = meta(name)
+    plan = make_plan(model, embeddings="channel", compression=4, trunk_axis=trunk_axis)
+    assert plan.compression >= 4
+    nz = plan.embedding_dim
+    for planned in plan.sites:
+        out, columns = planned.site.shape[:2]
+        assert planned.hyper_params == (out + columns) * nz < planned.site.dense_params
+    heads = sum(head.kernel_elements * (nz + 1) for head in plan.heads)
+    assert plan.hyper_params == sum(p.hyper_params for p in plan.sites) + heads
+    assert count(hyperize(model, plan)) == plan.total_hyper_params
+
+
+def test_channels_leave_nothing_to_choose_but_their_length():
+    model = meta("resnet18")
+    assert "channel" in str(make_plan(model, embeddings="channel"))
+    assert make_plan(model, embeddings="channel", embedding_dim=7).embedding_dim == 7
+    for options in ({"tile": (1, 16)}, {"hidden_dim": 16}):
+        with pytest.raises(ConfigError, match="channel"):
+            make_plan(model, embeddings="channel", **options)
+    with pytest.raises(ConfigError, match="embeddings"):
+        make_plan(model, embeddings="channels")
