@@ -70,6 +70,14 @@ OWN = {
     "autoencoder-3d": (lambda: Transposed(dims=3), (2, 2, 4, 4, 4), {"targets": ALL_KINDS}),
     "linear-too": (Stage, (2, 3, 8, 8), {"targets": ("conv2d", "linear")}),
     "paper-axis": (Convolutions, (2, 3, 24, 24), {"trunk_axis": 1}),
+    "two-layers": (Convolutions, (2, 3, 24, 24), {"hidden_dim": 16}),
+    "channels": (Convolutions, (2, 3, 24, 24), {"embeddings": "channel"}),
+    "channels-crnn": (CRNN, (2, 1, 8, 16), {"embeddings": "channel", "trunk_axis": 1}),
+    "channels-autoencoder": (
+        Transposed,
+        (2, 2, 8, 8),
+        {"embeddings": "channel", "targets": ALL_KINDS},
+    ),
     "sequential-root": (
         lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3)),
         (2, 3, 8, 8),
