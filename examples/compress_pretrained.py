@@ -151,6 +151,12 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--std", "see --mean", default=std, **triple | {"type": above_0})
     flag("--compression", "weights per generating parameter", type=float, default=4.0, metavar="X")
     flag(
+        "--embeddings",
+        "what has an embedding of its own; those of channels keep more of trained weights",
+        choices=("channel", "tile"),
+        default="channel",
+    )
+    flag(
         "--fit-samples",
         "training images that the fit looks at; 0 fits without data",
         type=count,
@@ -408,7 +414,9 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
     try:  # every mistake is found now rather than after the training
         data = read_data(args)
         teacher = load_teacher(args, data)
-        student = hyperize(teacher, compression=args.compression, seed=args.seed)
+        student = hyperize(
+            teacher, compression=args.compression, embeddings=args.embeddings, seed=args.seed
+        )
         run = make_student_run(student, data, args)
         args.out.mkdir(parents=True, exist_ok=True)
         # A run is known by the teacher's weights, not by the place where they were

@@ -86,7 +86,18 @@ def flags(root, weights, tmp_path):
     """The flags of a short run, which writes to `tmp_path / "out"`."""
     return [
         *("--data-dir", str(root), "--model", "tiny", "--checkpoint", str(weights)),
-        *("--compression", "2", "--fit-samples", "20", "--batch-size", "8", "--epochs", "2"),
+        *(
+            "--compression",
+            "2",
+            "--embeddings",
+            "tile",
+            "--fit-samples",
+            "20",
+            "--batch-size",
+            "8",
+            "--epochs",
+            "2",
+        ),
         *("--device", "cpu", "--out", str(tmp_path / "out")),
     ]
 
