@@ -229,7 +229,8 @@ def draw(results: Sequence[dict[str, Any]], taught: float, path: Path) -> None:
         colors = ["C0" if n in ("channel", "fit", "free", "scratch") else "C7" for n in names]
         bars = axis.barh(names, after, color=colors)
         axis.barh(names, [100 * r["before"] for r in rows], color="white", alpha=0.45)
-        axis.bar_label(bars, fmt="%.1f", padding=3)
+        white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        axis.bar_label(bars, fmt="%.1f", padding=3, bbox=white, zorder=3)
         axis.axvline(100 * taught, color="C3", lw=1)
         axis.set(title=f"{ratio:g}x", xlabel="test accuracy, %", xlim=(0, 100))
         axis.invert_yaxis()
