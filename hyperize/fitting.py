@@ -226,8 +226,9 @@ def fit_plan(
             f"hidden_dim must be None, got tile={base.config.tile!r}, "
             f"hidden_dim={base.config.hidden_dim!r}."
         )
-    if base.hidden_dim or not base.sites:
-        return base  # a request so small that nothing else meets it, or dynamic layers alone
+    if base.hidden_dim or not base.sites or base.config.embeddings == "channel":
+        # Nothing else meets so small a request; or there are dynamic layers alone; or no tiles
+        return base
     state = _state(teacher)
     by_name: dict[str, _Moments] = {}
     if data is not None:
@@ -382,32 +383,42 @@ class _Problem:
         # Rounding can make next to nothing negative
         return max(0.0, float((error * weighed).sum(dtype=torch.float64))), weighed
 
-    # The start: singular value decompositions
+    # The start: singular value decompositions, or random channels
 
     @torch.no_grad()
     def start(self) -> None:
-        """Sets all blocks by the truncated decompositions of the tiles, padding taken as zero."""
+        """Sets all blocks, without regard to what they were."""
         if self.net.channelwise:
-            # As usual for CP decompositions, at random
-            generator = torch.Generator().manual_seed(0)
-            for tensor in (*self.net.heads.parameters(), *chain.from_iterable(self.z.values())):
-                tensor.copy_(torch.randn(tensor.shape, generator=generator))
-            for layer in self.net.heads.values():
-                cast(nn.Linear, layer).bias.zero_()
-                cast(nn.Linear, layer).weight.div_(math.sqrt(self.net.fan_in))
-            for rows, _ in self.z.values():
-                rows.zero_()  # the first to be solved for
-            if self.moments:
-                self._approach()
-            return
-        if self.net.trunk is None:
-            for head in self.net.plan.heads:
-                members = [at for at in self.z if self._grid(at).kernel == head.kernel]
-                layer = cast(nn.Linear, self.net.heads[head.kernel])
-                if members:  # all layers of a kernel size may have been replaced since
-                    rows = {at: self._tiles(at).flatten(1) for at in members}
-                    layer.bias.copy_(self._decompose(rows, layer.weight))
-            return
+            self._start_channels()
+        elif self.net.trunk is None:
+            self._start_tiles()
+        else:
+            self._start_two_layers(self.net.trunk)
+
+    def _start_channels(self) -> None:
+        """At random, as usual for CP decompositions."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        for tensor in (*self.net.heads.parameters(), *chain.from_iterable(self.z.values())):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu"))
+        for layer in self.net.heads.values():
+            cast(nn.Linear, layer).bias.zero_()
+            cast(nn.Linear, layer).weight.div_(math.sqrt(self.net.fan_in))
+        for rows, _ in self.z.values():
+            rows.zero_()  # the first to be solved for
+        if self.moments:
+            self._approach()
+
+    def _start_tiles(self) -> None:
+        """By the truncated decomposition of the tiles, padding taken as zero."""
+        for head in self.net.plan.heads:
+            members = [at for at in self.z if self._grid(at).kernel == head.kernel]
+            layer = cast(nn.Linear, self.net.heads[head.kernel])
+            if members:  # all layers of a kernel size may have been replaced since
+                rows = {at: self._tiles(at).flatten(1) for at in members}
+                layer.bias.copy_(self._decompose(rows, layer.weight))
+
+    def _start_two_layers(self, trunk: nn.Linear) -> None:
+        """By the decomposition of the tiles' rows, then that of what it leaves of the tiles."""
         bases = {}
         for head in self.net.plan.heads:
             layer = cast(nn.Linear, self.net.heads[head.kernel])
@@ -423,8 +434,9 @@ class _Problem:
         rows = {}
         for at in self.z:
             x = self._tiles(at)
+            # (tiles, lead, width) @ (width, d) -> (tiles, lead * d)
             rows[at] = (x @ bases[self._grid(at).kernel][: x.shape[2]]).flatten(1)
-        self.net.trunk.bias.copy_(self._decompose(rows, self.net.trunk.weight))
+        trunk.bias.copy_(self._decompose(rows, trunk.weight))
 
     @torch.enable_grad()
     def _approach(self) -> None:

@@ -15,12 +15,12 @@ Without a hidden layer (d = 0) there is no trunk, lead is 1, and a tile is K = W
 
     tiles * Nz  +  sum over heads of trail * k * (Nz + 1).
 
-With embeddings of channels a tile is one kernel, K_ij = W_out (u_i * v_j) + B_out, of the
-embeddings u_i and v_j of its two channels, and a weight has as many embeddings as channels along
-both axes.
-
 This is what the planner prefers: at the same size its tiles fit trained weights at least as well,
 networks learn faster from scratch, and one product writes a weight in its memory order.
+
+With embeddings of channels a tile is one kernel, K_ij = W_out (u_i * v_j) + B_out, of the
+embeddings u_i and v_j of its two channels, and a weight has as many embeddings as channels along
+both axes; the count is as above.
 
 A layer with fewer than `trail` channels has several of its rows folded into one, so that depthwise
 and narrow layers fill their tiles; one with more is cut into parts of equal width. Only the tile's

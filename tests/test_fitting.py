@@ -1170,3 +1170,8 @@ def test_planning_by_weights_finds_the_tile_that_they_were_made_of():
 def test_what_planning_by_weights_chooses_cannot_be_given(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         fit_plan(stage(), **options)
+
+
+def test_channels_leave_no_tiles_to_plan():
+    teacher, _, plan = planned("convolutions", False, embeddings="channel", targets=ALL)
+    assert plan == make_plan(teacher, embeddings="channel", targets=ALL, seed=0)
