@@ -41,6 +41,8 @@ from hyperize.hypernet import HyperNet
 from hyperize.layers import Generated
 from hyperize.rewrite import generated_layers
 
+SPLIT_SUMS = 1e-5
+"""Of outputs near 1 in float32, whose sums kernels split by the number of their threads."""
 STD_TOLERANCE = 0.01
 """Of a site's standard deviation: scale and offset are fitted to one draw, in float32."""
 MEAN_TOLERANCE = 0.01
@@ -655,12 +657,14 @@ def test_threads(make):
         with torch.no_grad():
             return hyper(x)
 
-    # Both in pools: a new thread has its own number of threads for the kernels, and so for sums
+    # Both in pools: a new thread has its own number of threads for the kernels, and so for sums.
+    # Under load they may still be split otherwise, dense or not: seen once, in the last bits, where
+    # a thread that got another's weight would differ in the first digits.
     with ThreadPoolExecutor(1) as pool:
         serial = list(pool.map(run, inputs))
     with ThreadPoolExecutor(8) as pool:
         threaded = list(pool.map(run, inputs))
-    assert same(serial, threaded)
+    torch.testing.assert_close(threaded, serial, rtol=SPLIT_SUMS, atol=SPLIT_SUMS)
 
 
 @pytest.fixture
