@@ -658,8 +658,8 @@ def test_threads(make):
             return hyper(x)
 
     # Both in pools: a new thread has its own number of threads for the kernels, and so for sums.
-    # Under load they may still be split otherwise, dense or not: seen once, in the last bits, where
-    # a thread that got another's weight would differ in the first digits.
+    # Under load sums may still be split otherwise, which was seen once; a thread that got another's
+    # weight would differ in the first digits.
     with ThreadPoolExecutor(1) as pool:
         serial = list(pool.map(run, inputs))
     with ThreadPoolExecutor(8) as pool:
