@@ -64,7 +64,7 @@ def alternate(
 
 
 def generation(model: str, repeats: int) -> Row:
-    """All weights of a model, against the two bare matrix products of each site."""
+    """All weights of a model, against the bare matrix products of each site."""
     hyper = hyperize(timm.create_model(model), seed=0)
     hypernet = find_hypernet(hyper)[1]
     layers = [(m, name) for m in generated_layers(hyper).values() for name in m.generated]
@@ -84,16 +84,17 @@ def generation(model: str, repeats: int) -> Row:
 
 
 def _products(hypernet: HyperNet, site: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Operands of the sizes that a site's two products have."""
+    """Operands of the sizes that a site's products have."""
     grid = hypernet.plan.sites[site].grid
     head = hypernet.heads[grid.kernel]
     assert isinstance(head, nn.Linear)
     used = grid.width * torch.Size(grid.shape[2:]).numel()
-    trunk = hypernet.trunk.weight.detach().t()
-    return [
-        (torch.randn(grid.tiles, hypernet.embedding_dim), trunk),
-        (torch.randn(grid.rows * grid.parts, hypernet.hidden_dim), head.weight.detach()[:used].t()),
-    ]
+    last = head.weight.detach()[:used].t()
+    products = [(torch.randn(grid.rows * grid.parts, hypernet.fan_in), last)]
+    if hypernet.trunk is not None:
+        trunk = hypernet.trunk.weight.detach().t()
+        products.append((torch.randn(grid.tiles, hypernet.embedding_dim), trunk))
+    return products
 
 
 def training_step(model: str, batch: int, pixels: int, repeats: int) -> Row:
