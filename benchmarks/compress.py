@@ -60,16 +60,15 @@ def ours(teacher: nn.Module, ratio: float, args: argparse.Namespace, **options: 
     return hyperize(teacher, compression=ratio, exclude="conv1", seed=args.seed, **options)
 
 
-def channel(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
-    model = ours(teacher, ratio, args, embeddings="channel")
-    fit_(model, teacher, data=data.sample(args.fit_samples, args.batch_size, args.seed))
-    return model
+def fitted(embeddings: str) -> Callable[..., nn.Module]:
+    """A method that fits ours to the teacher with data."""
 
+    def method(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+        model = ours(teacher, ratio, args, embeddings=embeddings)
+        fit_(model, teacher, data=data.sample(args.fit_samples, args.batch_size, args.seed))
+        return model
 
-def fit(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
-    model = ours(teacher, ratio, args)
-    fit_(model, teacher, data=data.sample(args.fit_samples, args.batch_size, args.seed))
-    return model
+    return method
 
 
 def free(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
@@ -167,8 +166,8 @@ def cp(conv: nn.Conv2d, share: float) -> nn.Sequential:
 
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
-    "channel": channel,
-    "fit": fit,
+    "channel": fitted("channel"),
+    "fit": fitted("tile"),
     "free": free,
     "scratch": scratch,
     "thin": thin,

@@ -121,7 +121,7 @@ class HyperConfig:
             )
         if self.embeddings not in ("tile", "channel"):
             raise ConfigError(f'embeddings must be "tile" or "channel", got {self.embeddings!r}.')
-        if self.embeddings == "channel" and (hidden or self.tile is not None):
+        if self.channelwise and (hidden or self.tile is not None):
             raise ConfigError(
                 'embeddings="channel" has no hidden layer and no tiles to choose, got '
                 f"hidden_dim={hidden!r}, tile={self.tile!r}."
@@ -193,6 +193,11 @@ class HyperConfig:
         if tile is None or isinstance(next(iter(tile)), int):
             return {}
         return dict(tile)  # type: ignore[arg-type]
+
+    @property
+    def channelwise(self) -> bool:
+        """Whether channels have the embeddings, and not tiles."""
+        return self.embeddings == "channel"
 
     @property
     def leads(self) -> set[int]:

@@ -162,10 +162,9 @@ def fit_(
     batches = None if data is None else _batches(data)
     moments: dict[int, _Moments] = {}
     if batches is not None:
-        names = {hypernet.plan.sites[at].site.name: at for at in sites}
-        which = [hypernet.plan.sites[at].site for at in sites]
-        found = _second_moments(_module(hyper, teacher), which, batches)
-        moments = {names[name]: of for name, of in found.items()}
+        which = {at: hypernet.plan.sites[at].site for at in sites}
+        found = _second_moments(_module(hyper, teacher), which.values(), batches)
+        moments = {at: found[site.name] for at, site in which.items() if site.name in found}
     problem = _Problem(hypernet, embeddings, targets, moments, weighting)
     problem.start()
     history = problem.alternate(sweeps, tolerance)
@@ -226,7 +225,7 @@ def fit_plan(
             f"hidden_dim must be None, got tile={base.config.tile!r}, "
             f"hidden_dim={base.config.hidden_dim!r}."
         )
-    if base.hidden_dim or not base.sites or base.config.embeddings == "channel":
+    if base.hidden_dim or not base.sites or base.config.channelwise:
         # Nothing else meets so small a request; or there are dynamic layers alone; or no tiles
         return base
     state = _state(teacher)

@@ -54,7 +54,7 @@ class HyperNet(nn.Module):
         self.plan = plan
         self.trunk_axis = plan.config.trunk_axis
         self.lead = plan.lead
-        self.channelwise = plan.config.embeddings == "channel"
+        self.channelwise = plan.config.channelwise
         self.fan_in = plan.fan_in
         self.embedding_dim = plan.embedding_dim
         device = torch.get_default_device() if device is None else device

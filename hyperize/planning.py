@@ -454,7 +454,7 @@ def _geometries(
             given.append(Head(kernel, tile[1 - axis], elements))
         yield lead, tuple(given)
         return
-    if config.embeddings == "channel":
+    if config.channelwise:
         yield 1, tuple(Head(kernel, 1, elements) for kernel, elements in kernels.items())
         return
     weights = Counter[str]()
@@ -546,7 +546,7 @@ class _Table:
                 lead,
                 by_kernel[kernel_name(shape)],
                 config.trunk_axis,
-                config.embeddings == "channel",
+                config.channelwise,
             )
             for shape in shapes
         ]
@@ -630,9 +630,8 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
     skips: list[Skip] = list(found.skips)
     for site in found.sites:
         kernel = kernel_name(site.shape)
-        channelwise = config.embeddings == "channel"
         head = all_heads[kernel]
-        grid = make_grid(site.shape, choice.lead, head, config.trunk_axis, channelwise)
+        grid = make_grid(site.shape, choice.lead, head, config.trunk_axis, config.channelwise)
         cost = grid.tiles * choice.embedding_dim
         if stays[site.shape]:
             sites.append(PlannedSite(site, grid, cost))
