@@ -2,34 +2,42 @@
 
     python benchmarks/compress.py --data-dir data --checkpoint resnet20.safetensors --epochs 2
     python benchmarks/compress.py --data-dir data --checkpoint resnet56.safetensors
-        --model resnet56 --methods fit thin tucker
+        --model resnet56 --methods channel thin tucker
+    python benchmarks/compress.py --data-dir data --checkpoint resnet20.safetensors --epochs 10
+        --kd-weight 0 --ratios 5 10 --methods scratch scratch-tile thin --seed 1
 
 Every method gets as many parameters as ours or fewer, the same data, batches, schedule and
 distillation from the same teacher (`examples/compress_pretrained.py`). Those that start from
 trained weights have the learning rate `--lr`, those that start from scratch `--scratch-lr`:
 
-    channel   hyperize with embeddings of channels, then fit_ with data
-    fit       hyperize, then fit_ with data
-    free      the same, fitted without data
-    scratch   hyperize at its random start
-    thin      a narrower network, at its random start
-    svd       each convolution as two, by truncated SVD
-    tucker    each as three, by tensorly's partial_tucker over the channels
-    cp        each as four, by tensorly's parafac
+    channel       hyperize with embeddings of channels, then fit_ with data
+    fit           hyperize, then fit_ with data
+    free          the same, fitted without data
+    scratch       hyperize with embeddings of channels, at its random start
+    scratch-tile  hyperize, at its random start
+    thin          a narrower network, at its random start
+    dense         the network itself, at its random start
+    svd           each convolution as two, by truncated SVD
+    tucker        each as three, by tensorly's partial_tucker over the channels
+    cp            each as four, by tensorly's parafac
 
 Results are kept in the output folder, one JSON file each; what is there is not run again. At the
-end a table is printed, and drawn if matplotlib is there. Needs tensorly (extra `bench`).
+end a table of all seeds found there with the same settings is printed, and drawn if matplotlib is
+there. Needs tensorly (extra `bench`).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +58,36 @@ from hyperize import fit_, hyperize
 
 SHRINK = 0.98
 """Factor by which the rank of a decomposition is lowered until it has few enough parameters."""
+
+
+SETTINGS = (
+    "epochs", "steps", "batch_size", "weight_decay", "kd_temperature", "kd_weight", "amp",
+    "fit_samples", "mean", "std",
+)  # fmt: skip
+"""Flags that a result depends on, besides those that differ between methods."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a method's test accuracies over its seeds.
+
+    Attributes:
+        method: One of `METHODS`.
+        ratio: Of the compression.
+        parameters: Of the model.
+        before: Mean accuracy before training.
+        after: Mean accuracy after it.
+        spread: Standard deviation of the latter, of two seeds or more.
+        seeds: How many.
+    """
+
+    method: str
+    ratio: float
+    parameters: int
+    before: float
+    after: float
+    spread: float | None
+    seeds: int
 
 
 def size(model: nn.Module) -> int:
@@ -79,9 +117,18 @@ def free(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data)
     return model
 
 
-def scratch(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+def scratch(embeddings: str) -> Callable[..., nn.Module]:
+    """A method that starts ours at random."""
+
+    def method(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+        return ours(dense(teacher, ratio, args, data), ratio, args, embeddings=embeddings)
+
+    return method
+
+
+def dense(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
     torch.manual_seed(args.seed)
-    return ours(ResNet(SIZES[args.model], data.classes), ratio, args)
+    return ResNet(SIZES[args.model], data.classes)
 
 
 def thin(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
@@ -169,71 +216,109 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "channel": fitted("channel"),
     "fit": fitted("tile"),
     "free": free,
-    "scratch": scratch,
+    "scratch": scratch("channel"),
+    "scratch-tile": scratch("tile"),
     "thin": thin,
+    "dense": dense,
     "svd": decomposed(svd),
     "tucker": decomposed(tucker),
     "cp": decomposed(cp),
 }
-FROM_SCRATCH = ("scratch", "thin")
+FROM_SCRATCH = ("scratch", "scratch-tile", "thin", "dense")
 
 
 def run(
     name: str, ratio: float, teacher: nn.Module, data: Data, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Compresses and fine-tunes by one method; or reads what an earlier run has found."""
-    tag = f"{args.model}-{ratio:g}x-{name}-{args.epochs}ep-seed{args.seed}"
-    path = args.out / f"{tag}.json"
+    lr = args.scratch_lr if name in FROM_SCRATCH else args.lr
+    settings = {"model": args.model, "method": name, "ratio": ratio, "lr": lr, "seed": args.seed}
+    settings |= {flag: getattr(args, flag) for flag in SETTINGS}
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    path = args.out / f"{args.model}-{ratio:g}x-{name}-seed{args.seed}-{digest}.json"
     if path.exists():
         return json.loads(path.read_text())
     start = time.perf_counter()
     model = METHODS[name](teacher, ratio, args, data)
     seconds = time.perf_counter() - start
     before = data.accuracy(data.predict(model))
-    lr = args.scratch_lr if name in FROM_SCRATCH else args.lr
     student = make_student_run(model, data, argparse.Namespace(**vars(args) | {"lr": lr}))
     curve = []
     for epoch in range(math.ceil(student.steps / steps_per_epoch(data.train, args.batch_size))):
         fine_tune(student, teacher, data, epoch, args)
         curve.append(data.accuracy(data.predict(model)))
     result = {
-        "model": args.model,
-        "ratio": ratio,
-        "method": name,
+        "settings": settings,
         "parameters": size(model),
         "before": before,
         "curve": curve,
-        "steps": student.steps,
-        "lr": lr,
-        "seed": args.seed,
         "preparation_s": seconds,
     }
     path.write_text(json.dumps(result))
     return result
 
 
-def draw(results: Sequence[dict[str, Any]], taught: float, path: Path) -> None:
-    """Accuracy before and after fine-tuning, one group of bars per ratio."""
+def summarise(folder: Path, wanted: Sequence[dict[str, Any]]) -> list[Row]:
+    """The mean over all seeds that a folder has for each of some settings."""
+    seeds: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        result = json.loads(path.read_text())
+        seeds.setdefault(json.dumps(result["settings"] | {"seed": None}), []).append(result)
+    rows = []
+    for result in wanted:
+        found = seeds[json.dumps(result["settings"] | {"seed": None})]
+        after = [r["curve"][-1] for r in found]
+        rows.append(
+            Row(
+                method=result["settings"]["method"],
+                ratio=result["settings"]["ratio"],
+                parameters=result["parameters"],
+                before=statistics.mean(r["before"] for r in found),
+                after=statistics.mean(after),
+                spread=statistics.stdev(after) if len(after) > 1 else None,
+                seeds=len(found),
+            )
+        )
+    return rows
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    print("\n| | method | parameters | before | after training | seeds |")
+    print("|---|---|---:|---:|---:|---:|")
+    for row in rows:
+        spread = "" if row.spread is None else f" ± {100 * row.spread:.2f}"
+        print(
+            f"| {row.ratio:g}x | {row.method} | {row.parameters:,} | {row.before:.2%} "
+            f"| {row.after:.2%}{spread} | {row.seeds} |"
+        )
+
+
+def draw(rows: Sequence[Row], name: str, taught: float, path: Path) -> None:
+    """Accuracy before and after training, one group of bars per ratio."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    ratios = sorted({r["ratio"] for r in results})
+    ratios = sorted({row.ratio for row in rows})
     figure, axes = plt.subplots(1, len(ratios), figsize=(4.2 * len(ratios), 3.4), squeeze=False)
     for axis, ratio in zip(axes[0], ratios, strict=True):
-        rows = [r for r in results if r["ratio"] == ratio]
-        names = [r["method"] for r in rows]
-        after = [100 * r["curve"][-1] for r in rows]
-        colors = ["C0" if n in ("channel", "fit", "free", "scratch") else "C7" for n in names]
-        bars = axis.barh(names, after, color=colors)
-        axis.barh(names, [100 * r["before"] for r in rows], color="white", alpha=0.45)
+        shown = [row for row in rows if row.ratio == ratio]
+        names = [row.method for row in shown]
+        others = ("thin", "dense", "svd", "tucker", "cp")
+        bars = axis.barh(
+            names,
+            [100 * row.after for row in shown],
+            xerr=[100 * (row.spread or 0) for row in shown],
+            color=["C7" if name in others else "C0" for name in names],
+        )
+        axis.barh(names, [100 * row.before for row in shown], color="white", alpha=0.45)
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
         axis.bar_label(bars, fmt="%.1f", padding=3, bbox=white, zorder=3)
         axis.axvline(100 * taught, color="C3", lw=1)
         axis.set(title=f"{ratio:g}x", xlabel="test accuracy, %", xlim=(0, 100))
         axis.invert_yaxis()
-    figure.suptitle(f"{results[0]['model']}: after fine-tuning; pale, before; line, the teacher")
+    figure.suptitle(f"{name}: after training; pale, before; line, the teacher")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -257,19 +342,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     taught = data.accuracy(data.predict(teacher))
     print(f"{args.model}: {size(teacher):,} parameters, {taught:.2%}", flush=True)
-    print("\n| | method | parameters | before | after fine-tuning |\n|---|---|---:|---:|---:|")
     results = []
     for ratio in args.ratios:
         for name in args.methods:
             result = run(name, ratio, teacher, data, args)
             results.append(result)
-            print(
-                f"| {ratio:g}x | {name} | {result['parameters']:,} | {result['before']:.2%} "
-                f"| {result['curve'][-1]:.2%} |",
-                flush=True,
-            )
+            print(f"{ratio:g}x {name}: {result['before']:.2%}", end="")
+            print("", *(f"{accuracy:.2%}" for accuracy in result["curve"]), flush=True)
+    rows = summarise(args.out, results)
+    print_table(rows)
     try:
-        draw(results, taught, args.out / f"{args.model}.png")
+        draw(rows, args.model, taught, args.out / f"{args.model}.png")
     except ImportError:
         print("no picture: matplotlib is missing (extra plot)")
 

@@ -127,6 +127,7 @@ def number(
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """A parser with the flags that say how a pretrained network is trained on."""
     parser = make_paper_parser(
         __doc__.splitlines()[0], batch_size=128, out=Path("runs/compress_pretrained")
     )
@@ -149,13 +150,6 @@ def make_parser() -> argparse.ArgumentParser:
     mean, std = (list(t) for t in (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD))
     flag("--mean", "of the model's inputs are (pixel / 255 - mean) / std", default=mean, **triple)
     flag("--std", "see --mean", default=std, **triple | {"type": above_0})
-    flag("--compression", "weights per generating parameter", type=float, default=4.0, metavar="X")
-    flag(
-        "--embeddings",
-        "what has an embedding of its own; those of channels keep more of trained weights",
-        choices=("channel", "tile"),
-        default="channel",
-    )
     flag(
         "--fit-samples",
         "training images that the fit looks at; 0 fits without data",
@@ -309,10 +303,14 @@ def train_step(
     """
     # bfloat16 has the range of float32, so that the loss needs no scaling
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.amp):
-        with torch.no_grad():
-            taught = teacher(inputs).float()
         learned = run.model(inputs).float()
-    loss = distillation(learned, taught, labels, args.kd_temperature, args.kd_weight)
+        if args.kd_weight:
+            with torch.no_grad():
+                taught = teacher(inputs).float()
+    if args.kd_weight:
+        loss = distillation(learned, taught, labels, args.kd_temperature, args.kd_weight)
+    else:  # the teacher has no say
+        loss = F.cross_entropy(learned, labels)
     run.optimizer.zero_grad()
     loss.backward()
     run.optimizer.step()
@@ -409,6 +407,21 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
         The rows of the table.
     """
     parser = make_parser()
+    flag = parser.add_argument
+    flag(
+        "--compression",
+        type=float,
+        default=4.0,
+        metavar="X",
+        help="weights per generating parameter (default: %(default)s)",
+    )
+    flag(
+        "--embeddings",
+        choices=("channel", "tile"),
+        default="channel",
+        help="what has an embedding of its own; those of channels keep more of trained weights "
+        "(default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     checkpoint = args.out / "checkpoint.pt"
     try:  # every mistake is found now rather than after the training
