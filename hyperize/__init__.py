@@ -9,7 +9,8 @@ from hyperize.config import (
     ModelError,
 )
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
-from hyperize.export import as_graph, load, save
+from hyperize.export import as_graph
+from hyperize.files import load, save
 from hyperize.fitting import FitReport, SiteFit, fit_, fit_plan
 from hyperize.layers import LayerSpec, register_layer
 from hyperize.planning import Plan, make_plan

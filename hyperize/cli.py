@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hyperize.config import FileError, HyperConfig, HyperizeError
-from hyperize.export import load
+from hyperize.files import load
 from hyperize.planning import make_plan
 from hyperize.reporting import WIDTH, report
 from hyperize.rewrite import dense_state_dict
