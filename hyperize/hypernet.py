@@ -145,10 +145,10 @@ class HyperNet(nn.Module):
             Nz where the embeddings are the hidden layer.
         """
         grid = self.plan.sites[site].grid
-        embedding = embedding.to(self.scale.dtype)
-        scale, offset = self.scale[site], self.offset[site]
         head = self.heads[grid.kernel]
         assert isinstance(head, nn.Linear)
+        embedding = embedding.to(head.weight.dtype)  # FSDP's mixed precision casts no buffers
+        scale, offset = self.scale[site], self.offset[site]
         used = grid.width * math.prod(grid.shape[2:])
         if self.channelwise:
             rows, columns = embedding[: grid.rows], embedding[grid.rows :]
