@@ -8,6 +8,7 @@ from hyperize.config import (
     HyperizeError,
     ModelError,
 )
+from hyperize.distributed import shard
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
 from hyperize.export import as_graph
 from hyperize.files import load, save
@@ -42,6 +43,7 @@ __all__ = [
     "HyperRNNCell",
     "param_groups",
     "generated_l2",
+    "shard",
     "HyperizeError",
     "ConfigError",
     "BudgetError",

@@ -23,6 +23,8 @@ from hyperize.sites import HYPERNET, structural_copy, wrapper_of
 
 __all__ = ["dense_state_dict", "hyperize", "to_dense"]
 
+_GATHER = "gather a full state dict and load it into an unsharded hyperized model first"
+
 
 def hyperize(
     model: nn.Module,
@@ -148,13 +150,13 @@ def find_hypernet(hyper: nn.Module) -> tuple[str, HyperNet]:
     if not isinstance(hyper, nn.Module):
         raise ModelError(f"expected a hyperized torch.nn.Module, got {type(hyper).__name__}.")
     if wrapper := wrapper_of(hyper):
-        raise ModelError(f"the model is wrapped by {wrapper[0]}; pass the model inside it.")
+        advice = _GATHER if "FSDP2" in wrapper[0] else "pass the model inside it"
+        raise ModelError(f"the model is wrapped by {wrapper[0]}; {advice}.")
     for path, module in hyper.named_modules():
         if isinstance(module, HyperNet):
             if any(type(p).__name__ == "DTensor" for p in module.parameters()):
                 raise ModelError(
-                    "the hypernetwork is sharded (its parameters are DTensors); gather a full "
-                    "state dict and load it into an unsharded hyperized model first."
+                    f"the hypernetwork is sharded (its parameters are DTensors); {_GATHER}."
                 )
             return path.rpartition(".")[0], module
     part = "only a part of a hyperized model" if generated_layers(hyper) else "not hyperized"

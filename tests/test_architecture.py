@@ -14,7 +14,8 @@ PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     *("config", "layers", "recurrence", "dynamic", "sites", "planning", "hypernet", "rewrite"),
-    *("reporting", "files", "export", "training", "fitting", "cli"),
+    *("reporting", "files", "export", "training"),
+    *("distributed", "fitting", "cli"),
 ]
 """Each module imports only from modules before it."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
