@@ -11,7 +11,7 @@ from hyperize.config import (
 from hyperize.distributed import shard
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
 from hyperize.export import as_graph
-from hyperize.files import load, save
+from hyperize.files import FileReport, from_pretrained, load, load_timm, save, save_pretrained
 from hyperize.fitting import FitReport, SiteFit, fit_, fit_plan
 from hyperize.layers import LayerSpec, register_layer
 from hyperize.planning import Plan, make_plan
@@ -31,6 +31,10 @@ __all__ = [
     "as_graph",
     "save",
     "load",
+    "load_timm",
+    "save_pretrained",
+    "from_pretrained",
+    "FileReport",
     "fit_",
     "fit_plan",
     "FitReport",
