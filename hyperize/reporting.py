@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from hyperize.drawing import Bar, Source, bar_chart
 from hyperize.dynamic import HyperLSTM, HyperRNN
 from hyperize.hypernet import HyperNet
 from hyperize.layers import EMBEDDING
+from hyperize.page import page
 from hyperize.planning import Plan, PlannedSite
 from hyperize.rewrite import find_hypernet, generated_layers
 from hyperize.sites import HYPERNET, DynamicSite, Skip, Untargeted, tensor_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Report", "report"]
 
@@ -52,6 +59,10 @@ class SiteRow:
 class Report:
     """What a rewrite saves. `print(report)` is a table of 80 columns.
 
+    The report of a model holds on to its generated layers and hypernetwork, which are small, so
+    that `to_html` can draw what they generate then. Nothing else does: they are no part of
+    comparisons, `to_dict`, pickles and copies, and the report of a plan has none.
+
     Attributes:
         model: Name of the model's class.
         sites: The generated weights, in order.
@@ -64,6 +75,7 @@ class Report:
         generator_macs: Multiply-adds of generating every weight once, as each forward pass does.
         order: How the sites were found.
         notes: Remarks.
+        sources: The generated layers, of which `to_html` draws pictures.
     """
 
     model: str
@@ -77,6 +89,10 @@ class Report:
     generator_macs: int
     order: str
     notes: tuple[str, ...]
+    sources: tuple[Source, ...] = field(default=(), compare=False, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"sources": ()}
 
     @property
     def dense_params(self) -> int:
@@ -120,7 +136,9 @@ class Report:
         """All figures as JSON-ready values."""
         names = ("dense_params", "hyper_params", "compression")
         totals = ("total_hyper_params", "total_compression", "hints")
-        return asdict(self) | {name: getattr(self, name) for name in names + totals}
+        fields = asdict(replace(self, sources=()))
+        del fields["sources"]
+        return fields | {name: getattr(self, name) for name in names + totals}
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
@@ -135,6 +153,50 @@ class Report:
         lines += [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in self._rows()]
         lines += ["", *(f"- {remark}" for remark in self._remarks())]
         return "\n".join(lines) + "\n"
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as one HTML page that needs no network.
+
+        It has the totals, bars of each weight before and after, a table to sort, and of a model
+        also its embeddings in a plane and some of the kernels that it generates now. Embeddings of
+        large models are sampled, so that the page stays small. The file is written beside the
+        target and moved there.
+
+        Args:
+            path: The file to write.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        text = page(
+            title=self.model,
+            totals=self._figures(),
+            bars=self._bars(),
+            hypernet_params=self.hypernet_params,
+            remarks=self._remarks(),
+            skipped=self.skipped,
+            sources=self.sources,
+        )
+        target = Path(path)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, target)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def plot(self) -> Figure:
+        """Bars of the totals and of each weight, before and after, as a matplotlib figure.
+
+        Returns:
+            A figure that pyplot does not know of, so that nothing is shown; save it by
+            `report(hyper).plot().savefig("report.png")`.
+
+        Raises:
+            ImportError: matplotlib is not installed; it is in the extra `hyperize[plot]`.
+        """
+        return bar_chart(self.model, self._figures(), self._bars(), self.hypernet_params)
 
     def __str__(self) -> str:
         sites = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
@@ -157,30 +219,44 @@ class Report:
             console.print(part)
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
+    def _bars(self) -> list[Bar]:
+        return [
+            Bar(
+                name=".".join(name for name in (row.path, row.param) if name) or self.model,
+                kind=row.kind,
+                shape="x".join(map(str, row.shape)),
+                dense=row.dense_params,
+                hyper=row.hyper_params,
+            )
+            for row in self.sites
+        ]
+
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [
             (
-                ".".join(name for name in (row.path, row.param) if name) or self.model,
-                row.kind,
-                "x".join(map(str, row.shape)),
-                f"{row.dense_params:,}",
-                f"{row.hyper_params:,}",
-                f"{row.dense_params / row.hyper_params:.1f}",
+                bar.name,
+                bar.kind,
+                bar.shape,
+                f"{bar.dense:,}",
+                f"{bar.hyper:,}",
+                f"{bar.dense / bar.hyper:.1f}",
             )
-            for row in self.sites
+            for bar in self._bars()
         ]
         shared = ("hypernet (shared)", "", "", "", f"{self.hypernet_params:,}", "")
         return [*rows, shared] if self.hypernet_params else rows
 
+    def _figures(self) -> list[tuple[str, int, int]]:
+        return [
+            ("targets, parameters", self.dense_params, self.hyper_params),
+            ("whole model, parameters", self.total_dense_params, self.total_hyper_params),
+            ("whole model, bytes on disk", self.dense_bytes, self.hyper_bytes),
+        ]
+
     def _totals(self) -> list[tuple[str, ...]]:
-        pairs = {
-            "targets, parameters": (self.dense_params, self.hyper_params),
-            "whole model, parameters": (self.total_dense_params, self.total_hyper_params),
-            "whole model, bytes on disk": (self.dense_bytes, self.hyper_bytes),
-        }
         return [
             (name, f"{dense:,}", f"{hyper:,}", f"{dense / hyper:.2f}")
-            for name, (dense, hyper) in pairs.items()
+            for name, dense, hyper in self._figures()
         ]
 
     def _remarks(self) -> list[str]:
@@ -248,6 +324,7 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
     modules = dict(model.named_modules())
     plan = hypernet.plan
     rows: list[SiteRow] = []
+    sources: list[Source] = []
     replaced: list[Skip] = []
     dense_bytes = tensor_bytes(model) - tensor_bytes(hypernet)
     macs = 0
@@ -259,6 +336,7 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
             continue
         embedding = layer.get_parameter(site.param + EMBEDDING)
         rows.append(_row(planned, embedding.numel()))
+        sources.append(Source(site.name, layer, site.param, site.shape))
         macs += plan.macs_of(planned)
         dense_bytes += (site.dense_params - embedding.numel()) * embedding.element_size()
     for dynamic in plan.dynamic:
@@ -285,6 +363,7 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
         generator_macs=macs,
         order=plan.order,
         notes=plan.notes,
+        sources=tuple(sources),
     )
 
 

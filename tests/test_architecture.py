@@ -14,7 +14,7 @@ PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     *("config", "layers", "recurrence", "dynamic", "sites", "planning", "hypernet", "rewrite"),
-    *("reporting", "files", "export", "training"),
+    *("drawing", "page", "reporting", "files", "export", "training"),
     *("distributed", "fitting", "cli"),
 ]
 """Each module imports only from modules before it."""
