@@ -1,4 +1,4 @@
-"""The console command `hyperize report | convert | zoo`: thin; flags are named as in timm."""
+"""The console command `hyperize`: thin; flags are named as in timm."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import timm
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import nn
 
 from hyperize.config import FileError, HyperConfig, HyperizeError
-from hyperize.files import load
+from hyperize.export import export_onnx
+from hyperize.files import load, load_timm, read_header, save, save_pretrained, write_dense
+from hyperize.fitting import fit_
 from hyperize.planning import make_plan
-from hyperize.reporting import WIDTH, report
-from hyperize.rewrite import dense_state_dict
+from hyperize.reporting import WIDTH, Report, report
+from hyperize.rewrite import hyperize, to_dense
 
 __all__ = ["main"]
 
+BATCH = 64
+"""Images that a fit runs through the model at once."""
 OK, FAILED, USAGE = 0, 1, 2
 """Exit codes: done; a request that cannot be carried out; a wrong command line (argparse)."""
 
@@ -53,30 +57,144 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     """The compression report of one timm model, planned on the meta device."""
-    result = report(make_plan(_meta_model(args), _config(args)))
-    print(result.to_json() if args.json else result)
+    _show(report(make_plan(_meta_model(args), _config(args))), args)
     return OK
+
+
+def _plan(args: argparse.Namespace) -> int:
+    """The plan of one timm model: all sizes that `hyperize` would build."""
+    plan = make_plan(_meta_model(args), _config(args))
+    print(json.dumps(plan.to_dict(), indent=2) if args.json else plan)
+    return OK
+
+
+def _info(args: argparse.Namespace) -> int:
+    """What is in a file of hyperize.save."""
+    header = read_header(args.file)
+    plan, config = header["plan"], header["timm"]
+    rounded = sorted({str(dtype).removeprefix("torch.") for dtype in header["dtypes"].values()})
+    figures = report(load_timm(args.file) if args.html and config else plan)
+    facts = {
+        "file": str(args.file),
+        "bytes": Path(args.file).stat().st_size,
+        "format": header["format"],
+        "versions": header["versions"],
+        "timm": config and {name: config.get(name) for name in ("architecture", "model_args")},
+        "rounded_from": rounded,
+    }
+    if args.json:
+        print(json.dumps(facts | {"report": figures.to_dict()}, indent=2))
+    else:
+        made = ", ".join(f"{name} {number}" for name, number in header["versions"].items())
+        print(f"{args.file}: {facts['bytes']:,} bytes, checksum right, written by {made}")
+        print(f"model: {config['architecture'] + ' of timm' if config else plan.model}")
+        if rounded:
+            print(f"parameters are rounded, from {', '.join(rounded)}")
+        print(f"\n{figures}")
+    if args.html:
+        figures.to_html(args.html)
+    return OK
+
+
+def _fit(args: argparse.Namespace) -> int:
+    """A timm model's weights, to a file of hyperize.save."""
+    teacher = _teacher(args)
+    data = _images(args, teacher) if args.data_dir else None
+    config = _config(args)
+    if not (args.embeddings or args.tile or args.hidden_dim):
+        config = config.replace(embeddings="channel")  # what fits trained weights best
+    hyper = hyperize(teacher, config)
+    fitted = fit_(hyper, teacher, data=data)
+    written = save(hyper, args.out, dtype=_dtype(args))
+    if args.json:
+        facts = {"file": args.out, "bytes": written.bytes} | fitted.to_dict()
+        print(json.dumps(facts, indent=2))
+    else:
+        print(f"{fitted}\n\n{written}")
+    return OK
+
+
+def _teacher(args: argparse.Namespace) -> nn.Module:
+    """The timm model of `args` with trained weights."""
+    if args.checkpoint is None:
+        return _timm_model(args, pretrained=True).eval()
+    teacher = _timm_model(args)
+    try:
+        state = timm.models.load_state_dict(args.checkpoint, weights_only=True)
+        teacher.load_state_dict(state)
+    except Exception as error:  # which the readers raise on a wrong file of any kind
+        raise FileError(
+            f"--checkpoint {args.checkpoint} does not fit {args.model}: {error}"
+        ) from error
+    return teacher.eval()
+
+
+def _images(args: argparse.Namespace, model: nn.Module) -> list[torch.Tensor]:
+    """Batches of images drawn from a folder, as the model takes them."""
+    try:
+        dataset = timm.data.create_dataset("", args.data_dir)
+    except (OSError, RuntimeError) as error:
+        raise FileError(f"--data-dir {args.data_dir} holds no images: {error}") from error
+    config = timm.data.resolve_data_config(model=model)
+    dataset.transform = timm.data.create_transform(**config)
+    generator = torch.Generator().manual_seed(args.seed or 0)
+    drawn = torch.randperm(len(dataset), generator=generator)[: args.samples].tolist()
+    progress = Console(stderr=True)
+    images = [
+        dataset[at][0]
+        for at in track(drawn, "images", console=progress, disable=not progress.is_terminal)
+    ]
+    return list(torch.stack(images).split(BATCH))  # (N, C, H, W)
 
 
 def _convert(args: argparse.Namespace) -> int:
-    """A file of hyperize.save, to the dense model's state dict."""
+    """A file of hyperize.save, to the dense model's weights."""
+    hyper = _loaded(args)
+    out = Path(args.out)
+    if out.suffix == ".safetensors":
+        written = write_dense(hyper, out, dtype=_dtype(args))
+    else:
+        written = save_pretrained(hyper, out, dense=True, dtype=_dtype(args))
+    with safetensors.safe_open(written.path, framework="pt") as file:
+        tensors = len(file.keys())
+    sizes = f"{_megabytes(args.checkpoint)} -> {_megabytes(written.path)}"
+    print(f"{written.path}: {tensors} tensors, {sizes}")
+    return OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    """A file of hyperize.save, to a program for another runtime."""
+    out = Path(args.out)
+    if out.suffix not in (".onnx", ".pt2"):
+        raise FileError(f"--out must end in .onnx (ONNX) or .pt2 (torch.export), got {out}.")
+    hyper = _loaded(args).eval()
+    size = args.input_size or timm.data.resolve_data_config(model=hyper)["input_size"]
+    inputs = (torch.randn(args.batch_size, *size, generator=torch.Generator().manual_seed(0)),)
+    if out.suffix == ".onnx":
+        print(export_onnx(hyper, out, inputs, dense=not args.keep_generator))
+        return OK
+    program = torch.export.export(hyper if args.keep_generator else to_dense(hyper), inputs)
+    try:
+        torch.export.save(program, out)
+    except (OSError, RuntimeError) as error:
+        raise FileError(f"--out {out} cannot be written: {error}") from error
+    print(f"{out}: {_megabytes(out)}")
+    return OK
+
+
+def _loaded(args: argparse.Namespace) -> nn.Module:
+    """The hyperized model of --checkpoint, of the model named or the one that the file names."""
     if not Path(args.checkpoint).is_file():
         raise FileError(f"--checkpoint {args.checkpoint} is not a file.")
-    hyper = load(_meta_model(args), args.checkpoint)
-    state = {name: t.contiguous().clone() for name, t in dense_state_dict(hyper).items()}
-    out = Path(args.out)
-    part = out.with_name(f".{out.name}.part")
-    try:
-        save_file(state, part, metadata={"format": "pt"})
-        part.replace(out)
-    except OSError as error:
-        raise FileError(f"--out {out} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    weights = sum(tensor.numel() for tensor in state.values())
-    sizes = f"{_megabytes(args.checkpoint)} -> {_megabytes(out)}"
-    print(f"{out}: {len(state)} tensors, {weights:,} numbers, {sizes}")
-    return OK
+    if args.model is None:
+        return load_timm(args.checkpoint)
+    return load(_timm_model(args).eval(), args.checkpoint)
+
+
+def _show(result: Report, args: argparse.Namespace) -> None:
+    print(result.to_json() if args.json else result)
+    if args.html:
+        result.to_html(args.html)
 
 
 _FIGURES = tuple(
@@ -129,6 +247,12 @@ def _zoo(args: argparse.Namespace) -> int:
 
 def _meta_model(args: argparse.Namespace) -> nn.Module:
     """The timm model of `args` on the meta device."""
+    with torch.device("meta"):
+        return _timm_model(args)
+
+
+def _timm_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
+    """The timm model of `args`."""
     flags = {"num_classes": args.num_classes, "in_chans": args.in_chans}
     flags["img_size"] = args.img_size
     kwargs = {k: v for k, v in flags.items() if v is not None} | (args.model_kwargs or {})
@@ -136,11 +260,10 @@ def _meta_model(args: argparse.Namespace) -> nn.Module:
         near = timm.list_models(f"*{args.model}*")[:3]
         hint = f"; near misses: {', '.join(near)}" if near else ""
         raise HyperizeError(f"timm has no model {args.model!r}{hint}.")
-    with torch.device("meta"):
-        try:
-            return timm.create_model(args.model, **kwargs)
-        except (TypeError, RuntimeError, ValueError) as error:
-            raise HyperizeError(f"timm cannot create {args.model} so: {error}") from error
+    try:
+        return timm.create_model(args.model, pretrained=pretrained, **kwargs)
+    except (TypeError, RuntimeError, ValueError, OSError) as error:
+        raise HyperizeError(f"timm cannot create {args.model} so: {error}") from error
 
 
 def _config(args: argparse.Namespace) -> HyperConfig:
@@ -151,6 +274,16 @@ def _config(args: argparse.Namespace) -> HyperConfig:
 
 def _megabytes(path: str | Path) -> str:
     return f"{Path(path).stat().st_size / 1e6:.1f} MB"
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return value
 
 
 def _key_value(text: str) -> tuple[str, Any]:
@@ -169,6 +302,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Generate a model's weights from one shared hypernetwork.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        parents: list[argparse.ArgumentParser],
+        text: str,
+        example: str,
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            parents=parents,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"example: {example}",
+        )
+        command.set_defaults(run=run)
+        return command
 
     model = argparse.ArgumentParser(add_help=False)
     group = model.add_argument_group("model (as in timm)")
@@ -206,27 +356,120 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--lstm", choices=("static", "dynamic"), help="generate LSTM weights, or put HyperLSTMs"
     )
-    request.add_argument("--json", action="store_true", help="print JSON")
+    group.add_argument(
+        "--embeddings",
+        choices=("tile", "channel"),
+        help="what has an embedding of its own; default: tile, of fit: channel",
+    )
+    group.add_argument("--seed", type=int, metavar="N", help="of the initial hypernetwork")
 
-    command = commands.add_parser(
-        "report", parents=[model, request], help="what compressing a timm model saves"
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="print JSON")
+    page = argparse.ArgumentParser(add_help=False)
+    page.add_argument("--html", metavar="F", help="write a page to look at as well")
+    rounding = argparse.ArgumentParser(add_help=False)
+    rounding.add_argument(
+        "--dtype", choices=("float16", "bfloat16"), help="round the parameters for the file"
+    )
+
+    command = add(
+        "report",
+        _report,
+        [model, request, output, page],
+        "what compressing a timm model saves",
+        "hyperize report resnet50 --compression 20 --html report.html",
     )
     command.add_argument("model", help="timm model name, as resnet50")
-    command.set_defaults(run=_report)
 
-    command = commands.add_parser(
-        "convert", parents=[model], help="a checkpoint of hyperize.save to dense weights"
+    command = add(
+        "plan",
+        _plan,
+        [model, request, output],
+        "all sizes that hyperize() would choose for a timm model",
+        "hyperize plan resnet50 --compression 20 --targets conv2d linear",
     )
     command.add_argument("model", help="timm model name, as resnet50")
-    command.add_argument("--checkpoint", required=True, metavar="F", help="file of hyperize.save")
-    command.add_argument("--out", required=True, metavar="F", help="dense .safetensors to write")
-    command.set_defaults(run=_convert)
 
-    command = commands.add_parser(
-        "zoo", parents=[model, request], help="a table over many timm models"
+    command = add(
+        "fit",
+        _fit,
+        [model, request, output, rounding],
+        "fit a generator to a timm model's trained weights",
+        "hyperize fit resnet18 --checkpoint resnet18.safetensors --data-dir images --out "
+        "hyper.safetensors",
+    )
+    command.add_argument("model", help="timm model name, as resnet18.a1_in1k")
+    command.add_argument(
+        "--checkpoint", metavar="F", help="its state dict; otherwise timm's pretrained weights"
+    )
+    command.add_argument("--out", required=True, metavar="F", help="file of hyperize.save to write")
+    command.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="images, unlabelled, of which the fit minimises the layers' output errors; far better "
+        "than weights alone",
+    )
+    command.add_argument(
+        "--samples", type=_count, default=512, metavar="N", help="of them (default: %(default)s)"
+    )
+
+    hyper = argparse.ArgumentParser(add_help=False)
+    hyper.add_argument(
+        "model", nargs="?", help="timm model name; default: the one that the file names"
+    )
+    hyper.add_argument("--checkpoint", required=True, metavar="F", help="file of hyperize.save")
+
+    command = add(
+        "convert",
+        _convert,
+        [model, hyper, rounding],
+        "a file of hyperize.save to dense weights",
+        "hyperize convert --checkpoint hyper.safetensors --out dense.safetensors",
+    )
+    command.add_argument(
+        "--out",
+        required=True,
+        metavar="OUT",
+        help="a .safetensors file of a state dict, or a folder for timm.create_model('local-dir:')",
+    )
+
+    command = add(
+        "export",
+        _export,
+        [model, hyper],
+        "a file of hyperize.save to ONNX or torch.export",
+        "hyperize export --checkpoint hyper.safetensors --out model.onnx",
+    )
+    command.add_argument("--out", required=True, metavar="F", help="file to write: .onnx or .pt2")
+    command.add_argument(
+        "--input-size", nargs=3, type=_count, metavar=("C", "H", "W"), help="default: the model's"
+    )
+    command.add_argument(
+        "--batch-size", type=_count, default=2, metavar="N", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--keep-generator",
+        action="store_true",
+        help="keep the generator in the file, which is small then and generates at run time",
+    )
+
+    command = add(
+        "info",
+        _info,
+        [output, page],
+        "what is in a file of hyperize.save",
+        "hyperize info hyper.safetensors --html report.html",
+    )
+    command.add_argument("file", metavar="FILE", help="file of hyperize.save")
+
+    command = add(
+        "zoo",
+        _zoo,
+        [model, request, output],
+        "a table over many timm models",
+        "hyperize zoo --filter 'resnet*' --compression 20",
     )
     command.add_argument("--filter", metavar="GLOB", help="timm model names, as 'resnet*'")
-    command.set_defaults(run=_zoo)
     return parser
 
 

@@ -314,13 +314,10 @@ def write_dense(
 def read_header(path: PathLike) -> dict[str, Any]:
     """The header of a file that `save` wrote; `plan` in it is a `Plan`.
 
-    The checksum is not looked at, as that needs the whole file.
-
     Raises:
         FileError: As in `load`.
     """
-    with _opened(path) as file:
-        return _parse(file.metadata() or {}, path)[0]
+    return _read(path)[0]
 
 
 @contextmanager
@@ -330,8 +327,8 @@ def _opened(path: PathLike) -> Iterator[Any]:
             length = int.from_bytes(raw.read(8), "little")
         if length > LONGEST_HEADER:
             raise FileError(
-                f"{path} announces a header of {length:,} bytes, at most {LONGEST_HEADER:,} are "
-                "read; it is not a file that hyperize.save wrote."
+                f"{path} cannot be read: its header would have {length:,} bytes, of at most "
+                f"{LONGEST_HEADER:,}, so it is not a file that hyperize.save wrote."
             )
         with safetensors.safe_open(path, framework="pt") as file:
             yield file

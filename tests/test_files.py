@@ -571,7 +571,7 @@ def test_a_header_without_end_is_not_read(tmp_path):
     with bad.open("wb") as file:
         file.write((2**27).to_bytes(8, "little"))
         file.truncate(2**28)  # a file with a hole, which takes no space
-    with pytest.raises(FileError, match="header of"):
+    with pytest.raises(FileError, match="header would have"):
         load(nn.Linear(3, 3), bad)
     deep = "[" * 100_000
     save_file({"a": torch.zeros(1)}, bad, {"hyperize": deep})
