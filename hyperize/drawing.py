@@ -156,7 +156,7 @@ def project(sources: Sequence[Source]) -> Projection | None:
         embedding = source.embedding
         assert embedding is not None
         index = torch.tensor(spread(range(source.tiles), quota), device=embedding.device)
-        sample = embedding[index].double().cpu()
+        sample = embedding[index].cpu().double()
         samples.append(sample[sample.isfinite().all(1)])
     points = torch.cat(samples)  # (points, Nz)
     if len(points) < 2:
@@ -185,11 +185,11 @@ def project(sources: Sequence[Source]) -> Projection | None:
 
 
 def _quota(counts: Sequence[int], room: int) -> int:
-    """How many each may have at most, so that all together have at most `room`, and one each."""
+    """How many each may have at most, so that all together have at most `room`."""
     for at, count in enumerate(sorted(counts)):
         share = room // (len(counts) - at)
         if count > share:
-            return max(1, share)
+            return share
         room -= count  # what smaller ones leave goes to larger ones
     return max(counts)
 
