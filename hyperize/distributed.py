@@ -8,7 +8,6 @@ all layers have added theirs.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -29,13 +28,13 @@ def shard(hyper: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
     First the blocks, then the whole model, whose group holds the hypernetwork and the layers
     outside of blocks. Make the optimizer afterwards, as this replaces the parameters.
 
-    `to_dense` and `save` refuse a sharded model. They work on an unsharded copy, which any process
-    can make of the full state dict:
+    `to_dense` and `save` refuse a sharded model. They take an unsharded copy, made of the full
+    state dict:
 
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(hyper, options=options)  # on all processes
         whole = hyperize(timm.create_model("resnet50"), hyper.hypernet.plan)
-        whole.load_state_dict(state)  # where the state dict is, which is on rank 0
+        whole.load_state_dict(state)  # on rank 0, which alone has it
 
     Both are of `torch.distributed.checkpoint.state_dict`. Its `get_state_dict`, written by
     `torch.distributed.checkpoint.save`, can be resumed with any number of processes.
@@ -85,7 +84,13 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
 
 def _check_params(hyper: nn.Module, ignored: Iterable[Tensor]) -> None:
     skipped = {id(param) for param in ignored}
-    scalars = [name for name, p in hyper.named_parameters() if p.ndim == 0 and id(p) not in skipped]
+    params = {name: p for name, p in hyper.named_parameters() if id(p) not in skipped}
+    if sharded := [name for name, p in params.items() if type(p).__name__ == "DTensor"]:
+        raise ModelError(
+            f"the model is sharded already: {sharded[0]} is a DTensor. Call shard once, on the "
+            "model that hyperize() returned, with the blocks that are to be groups of their own."
+        )
+    scalars = [name for name, p in params.items() if p.ndim == 0]
     if scalars:
         raise ModelError(
             f"{scalars[0]} has no axes, so it cannot be sharded (one of {len(scalars)} such "
@@ -113,13 +118,8 @@ def _misplaced(hyper: nn.Module, block: nn.Module) -> str:
         return "is a container that is never called itself; name its elements"
     if any(isinstance(module, HyperNet) for module in block.modules()):
         return "holds the hypernetwork, which has to be in the model's own group"
-    inside, everywhere = _holders(block), _holders(hyper)
-    for name, param in block.named_parameters():
-        if inside[id(param)] < everywhere[id(param)]:
-            return f"shares {name} with a module outside of it; name one around both, or none"
+    rest = hyper.named_modules(memo={block})  # without what can be reached through the block only
+    outside = {id(param) for _, module in rest for param in module._parameters.values()}
+    if shared := [name for name, param in block.named_parameters() if id(param) in outside]:
+        return f"shares {shared[0]} with a module outside of it; name one around both, or none"
     return ""
-
-
-def _holders(module: nn.Module) -> Counter[int]:
-    """How many modules hold each parameter, by id."""
-    return Counter(id(p) for m in module.modules() for p in m._parameters.values() if p is not None)
