@@ -10,7 +10,6 @@ import gc
 from datetime import timedelta
 from functools import partial
 
-import lightning
 import pytest
 import timm
 import torch
@@ -34,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperize import (
     ConfigError,
@@ -240,9 +240,14 @@ FSDP = {
 }
 
 
-def gathers(profile):
-    """How often parameters were gathered."""
-    return sum(event.name == "c10d::_allgather_base_" for event in profile.events())
+class Gathers(TorchDispatchMode):
+    """Counts how often parameters are gathered."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket == torch.ops.c10d._allgather_base_
+        return function(*args, **kwargs or {})
 
 
 def groups(model):
@@ -253,10 +258,10 @@ def fsdp(rank):
     found = {}
     for name, (make, options) in FSDP.items():
         model = shard(make(), **options)
-        with torch.profiler.profile() as profile:
+        with Gathers() as gathers:
             loss_of(model, *half(rank, name)).backward()
         found[name] = gradients(model)
-        found[name, "gathers"] = gathers(profile), groups(model)
+        found[name, "gathers"] = gathers.count, groups(model)
 
     model = shard(image_model())
     inputs, labels = half(rank)
@@ -538,24 +543,25 @@ def test_accelerate(precision, tmp_path):
     assert type(to_dense(trained)) is type(timm.create_model("test_resnet"))
 
 
-class Lit(lightning.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = image_model()
-        self.losses = []
-
-    def training_step(self, pair, _):
-        self.net.eval()  # as in the plain loop
-        loss = loss_of(self.net, *pair)
-        self.losses.append(loss.item())
-        return loss
-
-    def configure_optimizers(self):
-        return adamw(self)
-
-
 @pytest.mark.filterwarnings("ignore")  # its advice on loaders and logging
 def test_lightning(tmp_path):
+    import lightning  # here, as the other processes do without
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = image_model()
+            self.losses = []
+
+        def training_step(self, pair, _):
+            self.net.eval()  # as in the plain loop
+            loss = loss_of(self.net, *pair)
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return adamw(self)
+
     def trainer(steps):
         return lightning.Trainer(
             accelerator="cpu",
@@ -567,18 +573,19 @@ def test_lightning(tmp_path):
         )
 
     expected, plain = plain_loop(8)
-    module = Lit()
+    module = Classifier()
     first = trainer(6)
     first.fit(module, loader())
     assert module.losses == expected[:6]
-    first.save_checkpoint(tmp_path / "six.ckpt")
+    path = tmp_path / "six.ckpt"
+    first.save_checkpoint(path)
     saved = copy.deepcopy(module.state_dict())
 
-    module = Lit()
-    trainer(8).fit(module, loader(), ckpt_path=tmp_path / "six.ckpt")
+    module = Classifier()
+    trainer(8).fit(module, loader(), ckpt_path=path)
     assert module.losses == expected[6:]
     assert same(module.net.state_dict(), plain.state_dict())
-    assert same(Lit.load_from_checkpoint(tmp_path / "six.ckpt").state_dict(), saved)
+    assert same(Classifier.load_from_checkpoint(path).state_dict(), saved)
 
 
 # -------------------------------------------------------------- compilation, precision and memory
