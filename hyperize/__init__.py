@@ -10,7 +10,7 @@ from hyperize.config import (
 )
 from hyperize.distributed import shard
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
-from hyperize.export import as_graph
+from hyperize.export import OnnxReport, as_graph, export_onnx
 from hyperize.files import FileReport, from_pretrained, load, load_timm, save, save_pretrained
 from hyperize.fitting import FitReport, SiteFit, fit_, fit_plan
 from hyperize.layers import LayerSpec, register_layer
@@ -29,6 +29,8 @@ __all__ = [
     "to_dense",
     "dense_state_dict",
     "as_graph",
+    "export_onnx",
+    "OnnxReport",
     "save",
     "load",
     "load_timm",
