@@ -1,0 +1,351 @@
+"""The documentation keeps its word: its code runs, the site builds, nothing is missing from it."""
+
+import argparse
+import doctest
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from models import randomise
+from PIL import Image
+from safetensors.torch import save_file
+from test_architecture import ORDER
+
+import hyperize
+from hyperize.cli import main
+from hyperize.layers import registered_kinds
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+CI = (ROOT / ".ci" / "run").read_text()
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TOOLS = ("pytest", "ruff", "mypy")
+"""Commands that CI runs as they stand in the documentation."""
+FENCE = re.compile(r"^( *)(```+|~~~+)(.*?)\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
+
+
+def page_id(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path):
+    """The fenced blocks of a page in order, as (language, code)."""
+    text = path.read_text()
+    found = [(match[3].strip(), match[4]) for match in FENCE.finditer(text)]
+    assert len(found) * 2 == len(re.findall(r"^ *(?:```|~~~)", text, re.MULTILINE)), path
+    return found
+
+
+# ------------------------------------------------------------------------------------- code blocks
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with what a reader has: a teacher's weights, images, and what torchrun sets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (one | {"MASTER_PORT": "0"}).items():
+        monkeypatch.setenv(name, value)
+    specs = dict(hyperize.layers._SPECS)
+    save_file(
+        randomise(timm.create_model("test_efficientnet"), 0).state_dict(),
+        "test_efficientnet.safetensors",
+    )
+    Path("images").mkdir()
+    for i in range(8):
+        noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(noise).save(f"images/{i}.png")
+    yield
+    hyperize.layers._SPECS.clear()
+    hyperize.layers._SPECS.update(specs)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_blocks_run_in_order(path, workplace, capsys):
+    namespace = {"__name__": "__main__"}
+    printed = None
+    for language, code in blocks(path):
+        if language == "text":  # the output of the block before
+            compare = doctest.OutputChecker().check_output
+            assert compare(code, printed, doctest.ELLIPSIS), f"{code}\nis not\n{printed}"
+            printed = None
+            continue
+        capsys.readouterr()
+        if language == "python":
+            exec(compile(code, path.name, "exec"), namespace)
+        elif language == "sh":
+            for command in commands(code):
+                run(command)
+        else:
+            pytest.fail(f"a block of {language!r}, which no test can run")
+        printed = capsys.readouterr().out
+
+
+def commands(code):
+    """The commands of a shell block, as lists of words."""
+    code = code.replace("\\\n", " ")
+    for line in code.splitlines():
+        words = shlex.split(line, comments=True)
+        while "&&" in words:
+            at = words.index("&&")
+            yield words[:at]
+            words = words[at + 1 :]
+        if words:
+            yield words
+
+
+def run(command):
+    """Runs a command of the documentation, or, where it takes long, checks that it would run."""
+    program, *args = command
+    if program == "hyperize":
+        assert main(args) == 0, command
+    elif program == "python":
+        parse_script(args)
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        launch = get_args_parser().parse_args(args)
+        parse_script([launch.training_script, *launch.training_script_args])
+    elif command[:2] == ["accelerate", "launch"]:
+        from accelerate.commands.launch import launch_command_parser
+
+        launch = launch_command_parser().parse_args(args[1:])
+        parse_script([launch.training_script, *launch.training_script_args])
+    elif command[:3] == ["pip", "install", "-e"]:
+        (place,) = args[2:]
+        extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", place)[1]
+        known = (ROOT / "pyproject.toml").read_text()
+        assert all(f"\n{extra} = [" in known for extra in (extras or "test").split(",")), place
+    elif program in TOOLS:
+        assert re.search(rf"(^|&& ){re.escape(shlex.join(command))}$", CI, re.MULTILINE), command
+    elif command[:3] == ["mkdocs", "build", "--strict"]:
+        assert set(args[2::2]) <= {"--site-dir"}  # it is run by the fixture `site`
+    else:
+        pytest.fail(f"no test can run {shlex.join(command)!r}")
+
+
+class Parsed(Exception):
+    """The arguments of a script were right."""
+
+
+def parse_script(args):
+    """Runs a script of this project until it has read its arguments."""
+    script, *argv = args
+    path = ROOT / script
+    assert path.is_file(), script
+    assert path.parent in (ROOT / "examples", ROOT / "benchmarks"), script
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args):
+        raise Parsed(parse(self, *args))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        with pytest.raises(Parsed):
+            importlib.import_module(path.stem).main(argv)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python examples/quickstart.py --modle resnet18",
+        "python examples/absent.py",
+        "torchrun --nproc-per-node 2 examples/quickstart.py --modle resnet18",
+        "accelerate launch --num_processes 2 examples/quickstart.py --modle resnet18",
+        "pip install -e '.[absent]'",
+        "pytest --fast",
+        "hyperize report resnet5",
+        "curl example.org",
+    ],
+)
+def test_wrong_commands_are_found(command, workplace):
+    (words,) = commands(command)
+    with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
+        run(words)
+
+
+def test_launchers_are_understood():
+    run(shlex.split("torchrun --nproc-per-node 2 examples/quickstart.py --model resnet18"))
+    run(shlex.split("accelerate launch --num_processes 2 examples/quickstart.py --model resnet18"))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_code_is_in_fences(path):
+    """Indented blocks are for formulas: code in them would not be run."""
+    text = FENCE.sub("", path.read_text())
+    indented = re.findall(r"(?<=\n\n)(?: {4}.*\n)+", text)
+    code = re.compile(r"^ +(?:import|from|def|class|pip|python|hyperize|print)\b", re.MULTILINE)
+    assert not [block for block in indented if code.search(block)]
+
+
+def test_ci_runs_the_readme_test_command():
+    command = next(code for language, code in blocks(README) if "pytest" in code).strip()
+    install, test = command.split(" && ")
+    assert test in CI
+    assert install.removeprefix("pip install ") in CI
+
+
+@pytest.mark.parametrize("path", PAGES, ids=page_id)
+def test_files_that_it_names_exist(path):
+    text = path.read_text()
+    for name in re.findall(r"(?:examples|benchmarks|tests|docs|hyperize)/\w+\.\w+", text):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert list(ROOT.glob(f"*/{name}")), name
+
+
+def test_figures_are_the_same_everywhere():
+    """A row of figures that stands on several pages is copied, not retyped."""
+    figures = re.compile(r"\d[\d.,]*(?: %)?")
+    rows = {}
+    for path in PAGES:
+        for line in path.read_text().splitlines():
+            cells = [cell.strip() for cell in line.strip("| ").split("|")]
+            if line.startswith("|") and len(figures.findall(line)) > 2:
+                rows.setdefault(cells[0], set()).add(tuple(cells[1:]))
+    assert not {name: found for name, found in rows.items() if len(found) > 1}
+
+
+# -------------------------------------------------------------------------------------------- site
+class Page(HTMLParser):
+    """What an HTML page links to, what it loads, and where one can link to."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.loads, self.ids = set(), set(), set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.ids |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
+        if tag == "a" and "href" in attributes:
+            self.links.add(attributes["href"])
+        elif tag == "link" and "canonical" not in attributes.get("rel", ""):
+            self.loads.add(attributes["href"])
+        elif "src" in attributes:
+            self.loads.add(attributes["src"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site: its folder, and its pages by path."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    nowhere = dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://[::1]:9"
+    )
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert not re.search(r"^(WARNING|ERROR)", done.stderr, re.MULTILINE), done.stderr
+    return folder, {path: Page(path.read_text()) for path in folder.rglob("*.html")}
+
+
+def test_every_page_is_built(site):
+    folder, _ = site
+    for path in PAGES[2:]:
+        assert (folder / f"{path.stem}.html").is_file()
+
+
+def test_internal_links_and_images_resolve(site):
+    folder, pages = site
+    broken = []
+    for path, page in pages.items():
+        if path.name == "404.html":  # served anywhere, so its links are absolute
+            continue
+        for link in page.links | page.loads:
+            url = urlsplit(link)
+            if url.scheme in ("http", "https", "data", "mailto"):
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            if not target.is_file() or (
+                url.fragment
+                and target in pages
+                and not url.fragment.startswith("__")  # anchors of line numbers in code
+                and unquote(url.fragment) not in pages[target].ids
+            ):
+                broken.append(f"{path.relative_to(folder)} -> {link}")
+    assert not broken
+
+
+def test_pages_load_nothing_from_elsewhere(site):
+    folder, pages = site
+    for path, page in pages.items():
+        for load in page.loads:
+            assert not urlsplit(load).netloc, f"{path.relative_to(folder)} loads {load}"
+    for style in folder.rglob("*.css"):
+        assert not re.search(r"url\(\W?https?:|@import", style.read_text()), style
+
+
+@pytest.mark.parametrize("path", PAGES[:2], ids=page_id)
+def test_links_of_root_pages_resolve(path, site):
+    folder, pages = site
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        url = urlsplit(link)
+        if url.scheme:
+            continue
+        assert (path.parent / url.path).is_file(), link
+        if url.fragment:
+            assert url.fragment in pages[folder / f"{Path(url.path).stem}.html"].ids, link
+
+
+@pytest.mark.parametrize("name", hyperize.__all__)
+def test_every_public_name_is_in_the_reference(name, site):
+    folder, pages = site
+    assert f"\n::: hyperize.{name}\n" in (ROOT / "docs" / "api.md").read_text()
+    assert f"hyperize.{name}" in pages[folder / "api.html"].ids
+
+
+def test_the_reference_names_nothing_else():
+    names = re.findall(
+        r"^::: hyperize\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE
+    )
+    assert sorted(names) == sorted(hyperize.__all__)
+
+
+# ------------------------------------------------------------------------------------ completeness
+def test_every_option_is_in_the_table():
+    text = (ROOT / "docs" / "options.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| `(.+?)` \|", text, re.MULTILINE))
+    expected = {field.name: field.default for field in fields(hyperize.HyperConfig)}
+    assert list(rows) == list(expected)
+    assert {name: eval(default) for name, default in rows.items()} == expected
+
+
+def test_every_command_and_flag_is_described(capsys):
+    text = (ROOT / "docs" / "cli.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    names = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert "report" in names
+    assert re.findall(r"^## (\w+)$", text, re.MULTILINE) == names
+    for name in names:
+        with pytest.raises(SystemExit):
+            main([name, "--help"])
+        flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+        assert not [flag for flag in flags if flag not in text], name
+
+
+def test_every_kind_of_layer_is_in_the_table():
+    text = (ROOT / "docs" / "layers.md").read_text()
+    listed = re.findall(r"^\| (`.+?`) \| `nn", text, re.MULTILINE)
+    assert sorted(registered_kinds()) == sorted(re.findall(r"`(\w+)`", ", ".join(listed)))
+
+
+def test_the_architecture_names_every_module_in_order_of_imports():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"^\| `hyperize/(\w+)\.py` \|", text, re.MULTILINE) == ORDER
