@@ -71,6 +71,9 @@ class HyperConfig:
             mixes them; the first that matches decides, and "static" is the rest.
         lstm_options: Of the dynamic layers: `hyper_size`, `embedding_dim`, `layer_norm`,
             `recurrent_dropout`, as in `HyperLSTM`.
+        recompute: Generate each weight again for the backward pass instead of keeping it from the
+            forward pass, for the same gradients: less memory, more time. Afterwards it is the
+            attribute `hypernet.recompute` of the model.
         seed: Seed of the initial hypernetwork and embeddings. `None` takes it from the state of
             torch's global generator, which is read and not advanced.
 
@@ -90,6 +93,7 @@ class HyperConfig:
     trunk_axis: Literal[0, 1] = 0
     lstm: str | tuple[tuple[str, str], ...] | Mapping[str, str] = "static"
     lstm_options: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
+    recompute: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -131,6 +135,8 @@ class HyperConfig:
                 "hidden_dim=0 means tiles of one channel along "
                 f"trunk_axis={self.trunk_axis}, got tile={self.tile!r}."
             )
+        if not isinstance(self.recompute, bool):
+            raise ConfigError(f"recompute must be True or False, got {self.recompute!r}.")
         if not self.targets:
             raise ConfigError('targets is empty; name at least one kind of layer, as "conv2d".')
         if not self.include:

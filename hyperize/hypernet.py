@@ -54,6 +54,7 @@ class HyperNet(nn.Module):
         self.plan = plan
         self.trunk_axis = plan.config.trunk_axis
         self.lead = plan.lead
+        self.recompute = plan.config.recompute
         self.channelwise = plan.config.channelwise
         self.fan_in = plan.fan_in
         self.embedding_dim = plan.embedding_dim

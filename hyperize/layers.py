@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hyperize.config import ConfigError, ModelError
 
@@ -29,6 +31,10 @@ __all__ = ["LayerSpec", "register_layer"]
 
 EMBEDDING = "_embedding"
 """Suffix of the parameter that takes the place of a generated one; part of the file format."""
+
+
+_WITHOUT_RANDOMNESS = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers of which nothing has to be restored to run them again."""
 
 
 class Generated(nn.Module):
@@ -41,6 +47,25 @@ class Generated(nn.Module):
 
     _hypernet: nn.Module
     _site_index: dict[str, int]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The dense class's.
+
+        With `HyperConfig.recompute` no weight is kept for the backward pass: the layer is a
+        checkpointed region. Convolution and linear layers save their weight before they use it, so
+        that running the region again ends there, and of them only the generator runs twice.
+        Recurrent and attention layers save what they compute, and run twice as a whole.
+        """
+        if not (self._hypernet.recompute and torch.is_grad_enabled()):
+            return self._forward(*args, **kwargs)
+        draws = not isinstance(self, _WITHOUT_RANDOMNESS)
+        return checkpoint(
+            self._forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs
+        )
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's work, in which its weights are read."""
+        return super().forward(*args, **kwargs)  # the dense class's, which comes next
 
     def generate(self, name: str) -> Tensor:
         """The current value of one generated parameter, attached to the autograd graph."""
@@ -121,8 +146,8 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
 class GeneratedAttention(Generated, nn.MultiheadAttention):
     """Mixin for nn.MultiheadAttention, whose forward reads its weights several times."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the dense class's, with each weight generated once."""
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the base class, with each weight generated once."""
         weights = {name: self.generate(name) for name in self.generated}
         return self.dense_forward(weights, *args, **kwargs)
 
