@@ -187,6 +187,21 @@ def test_report_and_file(dense, tmp_path):
     assert (b"hyper" in path.read_bytes()) != dense
 
 
+def test_onnxruntime_generates_the_weights_once_when_it_loads_the_file(tmp_path):
+    hyper, kept = small(), {}
+    for dense in (True, False):
+        export_onnx(hyper, tmp_path / "model.onnx", images(), dense=dense)
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "loaded.onnx")
+        options.log_severity_level = 3  # not the warning that such a file is for this machine
+        onnxruntime.InferenceSession(
+            tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"]
+        )
+        graph = onnx.load(tmp_path / "loaded.onnx").graph
+        kept[dense] = sorted(node.op_type for node in graph.node)
+    assert kept[False] == kept[True]
+
+
 @FORMS
 def test_model_is_not_changed(dense, tmp_path):
     hyper = small(seed=1).train()
@@ -335,6 +350,7 @@ class Both(nn.Module):
         return self.hyper(x), self.dense(x)
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes")  # of nn.LSTM, in torch.export
 @pytest.mark.parametrize("kind", ["convolutions", "lstm"])
 def test_torch_export_and_aot_inductor(kind, tmp_path):
     if kind == "lstm":
