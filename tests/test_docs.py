@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 CI = (ROOT / ".ci" / "run").read_text()
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = (ROOT / "examples", ROOT / "benchmarks")
 TOOLS = ("pytest", "ruff", "mypy")
 """Commands that CI runs as they stand in the documentation."""
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*?)\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
@@ -52,8 +53,6 @@ def blocks(path):
 def workplace(tmp_path, monkeypatch):
     """A folder with what a reader has: a teacher's weights, images, and what torchrun sets."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     one = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (one | {"MASTER_PORT": "0"}).items():
         monkeypatch.setenv(name, value)
@@ -146,13 +145,15 @@ def parse_script(args):
     script, *argv = args
     path = ROOT / script
     assert path.is_file(), script
-    assert path.parent in (ROOT / "examples", ROOT / "benchmarks"), script
+    assert path.parent in SCRIPTS, script
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args):
         raise Parsed(parse(self, *args))
 
     with pytest.MonkeyPatch.context() as patch:
+        for folder in SCRIPTS:
+            patch.syspath_prepend(folder)
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         with pytest.raises(Parsed):
             importlib.import_module(path.stem).main(argv)
