@@ -171,9 +171,12 @@ def _export(args: argparse.Namespace) -> int:
     size = args.input_size or timm.data.resolve_data_config(model=hyper)["input_size"]
     inputs = (torch.randn(args.batch_size, *size, generator=torch.Generator().manual_seed(0)),)
     if out.suffix == ".onnx":
-        print(export_onnx(hyper, out, inputs, dense=not args.keep_generator))
+        axes = None if args.static else [{0: "batch"}]
+        print(export_onnx(hyper, out, inputs, dense=not args.keep_generator, dynamic=axes))
         return OK
-    program = torch.export.export(hyper if args.keep_generator else to_dense(hyper), inputs)
+    model = hyper if args.keep_generator else to_dense(hyper)
+    shapes = None if args.static else ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(model, inputs, dynamic_shapes=shapes)
     try:
         torch.export.save(program, out)
     except (OSError, RuntimeError) as error:
@@ -446,6 +449,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--batch-size", type=_count, default=2, metavar="N", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--static", action="store_true", help="fix the batch size, which is free otherwise"
     )
     command.add_argument(
         "--keep-generator",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import operator
 import os
-import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from hyperize.dynamic import HyperLSTM, HyperLSTMCell
 from hyperize.layers import EMBEDDING, Generated
 from hyperize.rewrite import find_hypernet, generated_layers, to_dense
 from hyperize.sites import HYPERNET, SiteTracer, structural_copy
+from hyperize.writing import replacing
 
 __all__ = ["OnnxReport", "as_graph", "export_onnx"]
 
@@ -239,7 +239,8 @@ def export_onnx(
             "tolerance if that is rounding; a model whose Python code looks at values or sizes "
             "cannot be exported."
         )
-    _write(target, data)
+    with replacing(target) as part:
+        part.write_bytes(data)
     return OnnxReport(target, len(data), opset, error)
 
 
@@ -571,15 +572,3 @@ def _error(a: Tensor, b: Tensor) -> float:
         return 0.0
     difference = (a - b).flatten()[differ].abs().max()
     return float(difference / b[b.isfinite()].abs().max())
-
-
-def _write(target: Path, data: bytes) -> None:
-    """Writes beside the target and moves, so that there is never a part of a file."""
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, target)
-    except OSError as error:
-        raise FileError(f"{target} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)

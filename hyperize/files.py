@@ -11,7 +11,6 @@ import json
 import os
 import re
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from hyperize.planning import Plan
 from hyperize.reporting import report
 from hyperize.rewrite import apply_plan, find_hypernet, generated_layers, to_dense
 from hyperize.sites import structural_copy
+from hyperize.writing import replacing
 
 __all__ = [
     "FileReport",
@@ -146,7 +146,7 @@ def save(
     }
     header[_DIGEST] = _digest(header, stored)
     target = Path(path)
-    with _replacing(target) as part:
+    with replacing(target) as part:
         # One entry, as safetensors writes several in no fixed order
         save_file(stored, part, {_HEADER: json.dumps(header)})
     return FileReport(
@@ -247,7 +247,7 @@ def save_pretrained(
         (CONFIG, json.dumps(config, indent=2)),
         (CARD, _card(hyper, config["architecture"], dense=dense, timm=bool(timm_config))),
     ):
-        with _replacing(place / name) as part:
+        with replacing(place / name) as part:
             part.write_text(text, encoding="utf-8")
     return written
 
@@ -300,7 +300,7 @@ def write_dense(
     state = _tensors(dense)
     stored, _ = _rounded(dense, state, dtype)
     target = Path(path)
-    with _replacing(target) as part:
+    with replacing(target) as part:
         save_file(stored, part, {"format": "pt"})
     return FileReport(
         path=target,
@@ -680,25 +680,6 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"{name} is not a dtype that a parameter can have")
     return dtype
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A file beside the target, which takes its place at the end, unless something is raised.
-
-    Raises:
-        FileError: It cannot be written or moved.
-    """
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())  # on the disk before the name points to it
-        os.replace(part, target)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise FileError(f"{target} cannot be written: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _card(hyper: nn.Module, architecture: str, *, dense: bool, timm: bool) -> str:

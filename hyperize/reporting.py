@@ -23,6 +23,7 @@ from hyperize.page import page
 from hyperize.planning import Plan, PlannedSite
 from hyperize.rewrite import find_hypernet, generated_layers
 from hyperize.sites import HYPERNET, DynamicSite, Skip, Untargeted, tensor_bytes
+from hyperize.writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -166,7 +167,7 @@ class Report:
             path: The file to write.
 
         Raises:
-            OSError: It cannot be written.
+            FileError: It cannot be written.
         """
         text = page(
             title=self.model,
@@ -177,14 +178,8 @@ class Report:
             skipped=self.skipped,
             sources=self.sources,
         )
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        try:
+        with replacing(Path(path)) as part:
             part.write_text(text, encoding="utf-8")
-            os.replace(part, target)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
 
     def plot(self) -> Figure:
         """Bars of the totals and of each weight, before and after, as a matplotlib figure.

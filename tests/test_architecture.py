@@ -13,8 +13,8 @@ import hyperize as package
 PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
-    *("config", "layers", "recurrence", "dynamic", "sites", "planning", "hypernet", "rewrite"),
-    *("drawing", "page", "reporting", "files", "export", "training"),
+    *("config", "writing", "layers", "recurrence", "dynamic", "sites", "planning", "hypernet"),
+    *("rewrite", "drawing", "page", "reporting", "files", "export", "training"),
     *("distributed", "fitting", "cli"),
 ]
 """Each module imports only from modules before it."""

@@ -137,7 +137,7 @@ def test_export(generator, trained, tmp_path, capsys):
         argv = ["export", "--checkpoint", str(path), "--out", str(out), *flags]
         assert main([*argv, "--input-size", "3", "64", "64"]) == 0
         assert str(out.name) in capsys.readouterr().out
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(5, 3, 64, 64)  # another batch size than that of the export
     with torch.no_grad():
         expected = hyper(x)
         found = torch.export.load(program).module()(x)

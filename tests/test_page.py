@@ -22,7 +22,7 @@ from models import CRNN, Convolutions, Stage, meta
 from PIL import Image
 from torch import nn
 
-from hyperize import hyperize, make_plan, report, to_dense
+from hyperize import FileError, hyperize, make_plan, report, to_dense
 from hyperize.drawing import DOTS, picture, project, spread
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -361,7 +361,7 @@ def test_an_interrupted_write_leaves_the_older_page(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(FileError, match="no space"):
         case("tiles").to_html(tmp_path / "page.html")
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == old
