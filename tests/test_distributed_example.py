@@ -25,8 +25,8 @@ PER_EPOCH = 4
 """Steps: 33 images in batches of 8, the last image left out."""
 TIMEOUT = 120
 """Seconds after which a run hangs; it takes 10."""
-ANOTHER_SUM = 1e-3
-"""Relative error of losses whose steps summed in another order; 1e-5 was measured."""
+ANOTHER_SUM = 1e-4
+"""Relative error of losses whose steps summed in another order; 4e-7 was measured."""
 
 
 @pytest.fixture
