@@ -19,7 +19,7 @@ from hyperize.dynamic import HyperLSTM, HyperRNN, dynamic_twin
 from hyperize.hypernet import HyperNet, moments
 from hyperize.layers import EMBEDDING, Generated, densify_params, generate_params
 from hyperize.planning import Plan, PlannedSite, make_plan
-from hyperize.sites import HYPERNET, structural_copy, wrapper_of
+from hyperize.sites import HYPERNET, fresh_hooks, structural_copy, wrapper_of
 
 __all__ = ["dense_state_dict", "hyperize", "to_dense"]
 
@@ -283,11 +283,12 @@ def _initialise(
     statistics = [_mean_std(weight, p.site.name) for weight, p in zip(weights, sites, strict=True)]
     hypernet.reset_parameters(generator)
     embeddings = []
+    grams: dict[tuple[str, int], Tensor] = {}
     for at, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
         mean, std = statistics[at]
         z = torch.randn(shape, generator=generator, device="cpu").to(hypernet.scale)
         if std > 0:
-            drawn_mean, drawn_std = hypernet.moments(z, at)
+            drawn_mean, drawn_std = hypernet.moments(z, at, grams)
             # Of channels, two embeddings are multiplied
             z /= drawn_std.sqrt() if hypernet.channelwise else drawn_std
             hypernet.scale[at] = std
@@ -337,7 +338,7 @@ def _widest(weights: list[nn.Parameter]) -> torch.dtype:
 def _copy(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A deep copy, except for tensors that the caller is about to replace."""
     try:
-        return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+        return copy.deepcopy(model, fresh_hooks(model) | {id(tensor): tensor for tensor in shared})
     except Exception as error:  # any model code can run here, and raise anything
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); convert "
