@@ -31,6 +31,8 @@ __all__ = ["main"]
 
 BATCH = 64
 """Images that a fit runs through the model at once."""
+FREE_BATCH = 2
+"""Of the inputs with which a program of any batch size is made; 1 would be taken as fixed."""
 OK, FAILED, USAGE = 0, 1, 2
 """Exit codes: done; a request that cannot be carried out; a wrong command line (argparse)."""
 
@@ -169,13 +171,14 @@ def _export(args: argparse.Namespace) -> int:
         raise FileError(f"--out must end in .onnx (ONNX) or .pt2 (torch.export), got {out}.")
     hyper = _loaded(args).eval()
     size = args.input_size or timm.data.resolve_data_config(model=hyper)["input_size"]
-    inputs = (torch.randn(args.batch_size, *size, generator=torch.Generator().manual_seed(0)),)
+    batch = args.batch_size or FREE_BATCH
+    inputs = (torch.randn(batch, *size, generator=torch.Generator().manual_seed(0)),)
     if out.suffix == ".onnx":
-        axes = None if args.static else [{0: "batch"}]
+        axes = None if args.batch_size else [{0: "batch"}]
         print(export_onnx(hyper, out, inputs, dense=not args.keep_generator, dynamic=axes))
         return OK
     model = hyper if args.keep_generator else to_dense(hyper)
-    shapes = None if args.static else ({0: torch.export.Dim("batch")},)
+    shapes = None if args.batch_size else ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, inputs, dynamic_shapes=shapes)
     try:
         torch.export.save(program, out)
@@ -448,10 +451,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input-size", nargs=3, type=_count, metavar=("C", "H", "W"), help="default: the model's"
     )
     command.add_argument(
-        "--batch-size", type=_count, default=2, metavar="N", help="default: %(default)s"
-    )
-    command.add_argument(
-        "--static", action="store_true", help="fix the batch size, which is free otherwise"
+        "--batch-size", type=_count, metavar="N", help="fix the batch size; default: it is free"
     )
     command.add_argument(
         "--keep-generator",
