@@ -143,20 +143,24 @@ class Parsed(Exception):
 def parse_script(args):
     """Runs a script of this project until it has read its arguments."""
     script, *argv = args
+    if script == "-m":
+        package, *argv = argv
+        script = f"{package}/__main__.py"
     path = ROOT / script
     assert path.is_file(), script
     assert path.parent in SCRIPTS, script
+    module = "benchmarks.__main__" if path.stem == "__main__" else path.stem
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args):
         raise Parsed(parse(self, *args))
 
     with pytest.MonkeyPatch.context() as patch:
-        for folder in SCRIPTS:
+        for folder in (ROOT, *SCRIPTS):
             patch.syspath_prepend(folder)
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         with pytest.raises(Parsed):
-            importlib.import_module(path.stem).main(argv)
+            importlib.import_module(module).main(argv)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +168,8 @@ def parse_script(args):
     [
         "python examples/quickstart.py --modle resnet18",
         "python examples/absent.py",
+        "python -m benchmarks --slow",
+        "python -m absent",
         "torchrun --nproc-per-node 2 examples/quickstart.py --modle resnet18",
         "accelerate launch --num_processes 2 examples/quickstart.py --modle resnet18",
         "pip install -e '.[absent]'",

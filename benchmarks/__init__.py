@@ -1,0 +1,1 @@
+"""Speed and memory of hyperize, as ratios: `python -m benchmarks`."""

@@ -1,0 +1,143 @@
+"""Generating weights, against the bare matrix products and against copying memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import FULL, QUICK, Effort, Row, alternate, per_item
+from hyperize import HyperConfig, hyperize
+from hyperize.hypernet import HyperNet
+from hyperize.rewrite import find_hypernet, generated_layers
+
+Work = Callable[[], object]
+
+LIMIT = 1.3
+"""Generating ResNet-50's weights should take no more than this times its bare products."""
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    effort = QUICK if quick else FULL
+    models = ("resnet10t",) if quick else ("resnet50", "resnet18", "mobilenetv3_large_100")
+    for name in models:
+        target = LIMIT if name == "resnet50" else None
+        yield from _of_model(name, timm.create_model(name), HyperConfig(seed=0), effort, target)
+    forms = {"paper's form": HyperConfig.paper(seed=0)}
+    forms["embeddings of channels"] = HyperConfig(embeddings="channel", seed=0)
+    for form, config in forms.items():
+        dense = timm.create_model(models[0])
+        yield from _of_model(f"{models[0]}, {form}", dense, config, effort, None)
+    yield from _growth("depth", (4, 8) if quick else (4, 16, 64), effort)
+    yield from _growth("width", (32, 64) if quick else (64, 128, 256), effort)
+
+
+def _of_model(
+    name: str, dense: nn.Module, config: HyperConfig, effort: Effort, target: float | None
+) -> Iterator[Row]:
+    forward, both = generators(hyperize(dense, config))
+    bare_forward, bare_both = products(hyperize(dense, config))
+    title = f"generating all weights of {name}"
+    yield alternate(f"{title} / bare products", forward, bare_forward, effort, target=target)
+    yield alternate(
+        f"{title}, forward and backward / bare products", both, bare_both, effort, target=target
+    )
+    if config == HyperConfig(seed=0):
+        yield alternate(f"{title} / copying them", forward, copies(hyperize(dense, config)), effort)
+
+
+def generators(hyper: nn.Module) -> tuple[Work, Work]:
+    """Generate all weights: without gradients, and with the backward pass."""
+    layers = [(m, name) for m in generated_layers(hyper).values() for name in m.generated]
+    hypernet = find_hypernet(hyper)[1]
+    parameters = [getattr(layer, f"{name}_embedding") for layer, name in layers]
+    parameters += hypernet.parameters()
+    gradients = [torch.randn(p.site.shape) for p in hypernet.plan.sites]
+
+    @torch.no_grad()
+    def forward() -> None:
+        for layer, name in layers:
+            layer.generate(name)
+
+    def both() -> None:
+        weights = [layer.generate(name) for layer, name in layers]
+        torch.autograd.grad(weights, parameters, gradients)
+
+    return forward, both
+
+
+def products(hyper: nn.Module) -> tuple[Work, Work]:
+    """The matrix products of the same sizes: forward, and forward and backward.
+
+    A product's backward pass is two products. What comes besides (scales, offsets, biases, sums
+    over the sites) is the generator's, and not here.
+    """
+    hypernet = find_hypernet(hyper)[1]
+    operands = [
+        pair
+        for layer in generated_layers(hyper).values()
+        for name in layer.generated
+        for pair in _operands(
+            hypernet, getattr(layer, f"{name}_embedding"), layer._site_index[name]
+        )
+    ]
+    gradients = [torch.randn(len(left), right.shape[1]) for left, right in operands]
+
+    @torch.no_grad()
+    def forward() -> None:
+        for left, right in operands:
+            torch.mm(left, right)
+
+    @torch.no_grad()
+    def both() -> None:
+        kept = [torch.mm(left, right) for left, right in operands]
+        for (left, right), gradient in zip(operands, gradients, strict=True):
+            torch.mm(gradient, right.t())
+            torch.mm(left.t(), gradient)
+        del kept  # alive until then, as the generated weights are
+
+    return forward, both
+
+
+@torch.no_grad()
+def _operands(hypernet: HyperNet, embedding: Tensor, site: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What a site's products multiply."""
+    rows, weight, _ = hypernet._factors(embedding, site)
+    yield rows.clone(), weight.clone().t()
+    if hypernet.trunk is not None:
+        yield embedding.detach(), hypernet.trunk.weight.detach().t()
+
+
+def copies(hyper: nn.Module) -> Work:
+    """Copies all weights once: what is written, is read before. The limit is memory's speed."""
+    weights = [torch.randn(p.site.shape) for p in find_hypernet(hyper)[1].plan.sites]
+
+    def copy() -> None:
+        for weight in weights:
+            weight.clone()
+
+    return copy
+
+
+def _growth(axis: str, sizes: tuple[int, ...], effort: Effort) -> Iterator[Row]:
+    """Time per weight in deeper or wider networks, against that of the smallest."""
+
+    def generator(size: int) -> tuple[Work, int]:
+        layers, channels = (size, 64) if axis == "depth" else (8, size)
+        convolutions = [nn.Conv2d(channels, channels, 3) for _ in range(layers)]
+        # The planner would give larger models longer embeddings, and more work per weight
+        hyper = hyperize(
+            nn.Sequential(*convolutions), embedding_dim=64, hidden_dim=0, tile=(1, 64), seed=0
+        )
+        return generators(hyper)[1], layers * channels**2 * 9
+
+    base, few = generator(sizes[0])
+    unit = "layers" if axis == "depth" else "channels"
+    for size in sizes[1:]:
+        run, many = generator(size)
+        name = f"generating, per weight, {size} {unit} / {sizes[0]} {unit}"
+        growth = size / sizes[0]
+        row = alternate(name, run, base, effort, series=f"generation, {axis}", growth=growth)
+        yield per_item(row, many, few)

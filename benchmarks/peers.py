@@ -1,0 +1,214 @@
+"""The same work done by other libraries, where they can do it.
+
+Each peer gets a ResNet and about as many parameters as hyperize's plan has, in the way that its
+documentation shows. What it cannot do, and what is not installed, is a row that says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from benchmarks.generation import generators
+from benchmarks.running import CLASSES, training_step
+from benchmarks.timing import FULL, QUICK, Effort, Row, alternate
+from hyperize import Plan, hyperize, make_plan
+
+
+class Cannot(Exception):
+    """A peer has no way to do this; the message says why."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model as a peer makes it.
+
+    Attributes:
+        generate: Makes all weights from the parameters.
+        parameters: What the weights are made from.
+        network: Computes the model's outputs, with the generator in it; None if the peer has none.
+    """
+
+    generate: Callable[[], Sequence[Tensor]]
+    parameters: list[nn.Parameter]
+    network: nn.Module | None
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    effort = QUICK if quick else FULL
+    model, batch = ("resnet10t", 2) if quick else ("resnet18", 32)
+    for title, (package, make) in PEERS.items():
+        try:
+            importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            yield Row(f"hyperize / {title}", note=f"{package} is not installed")
+            continue
+        for what, work in WORKS.items():
+            name = f"{what} {model}, hyperize / {title}"
+            torch.manual_seed(0)
+            try:
+                yield work(name, timm.create_model(model), make, effort, batch)
+            except Cannot as error:
+                yield Row(name, note=f"cannot: {error}")
+            except Exception as error:  # somebody else's code, and any torch
+                yield Row(name, note=f"does not run: {type(error).__name__}: {error}"[:200])
+
+
+Make = Callable[[nn.Module, Plan], Made]
+
+
+def _making(name: str, dense: nn.Module, make: Make, effort: Effort, batch: int) -> Row:
+    plan = make_plan(dense)
+    made = make(copy.deepcopy(dense), plan)
+    note = f"{plan.hyper_params:,} / {sum(p.numel() for p in made.parameters):,} parameters"
+    return alternate(
+        name,
+        lambda: hyperize(dense, seed=0),
+        lambda: make(copy.deepcopy(dense), plan),  # hyperize() copies the model, too
+        effort,
+        note=note,
+    )
+
+
+def _generating(name: str, dense: nn.Module, make: Make, effort: Effort, batch: int) -> Row:
+    made = make(copy.deepcopy(dense), make_plan(dense))
+    gradients = [torch.randn_like(weight) for weight in made.generate()]
+
+    def generate() -> None:
+        torch.autograd.grad(made.generate(), made.parameters, gradients, allow_unused=True)
+
+    return alternate(
+        name, generators(hyperize(dense, seed=0))[1], generate, effort, note="forward and backward"
+    )
+
+
+def _training(name: str, dense: nn.Module, make: Make, effort: Effort, batch: int) -> Row:
+    made = make(copy.deepcopy(dense), make_plan(dense))
+    if made.network is None:
+        raise Cannot("it has no way to put generated weights into a model that is not its own")
+    images, labels = torch.randn(batch, 3, 32, 32), torch.randint(CLASSES, (batch,))
+    networks = (hyperize(dense, seed=0).train(), made.network.train())
+    note = f"32 px, batch {batch}"
+    return alternate(name, *(training_step(n, images, labels) for n in networks), effort, note=note)
+
+
+WORKS = {
+    "making": _making,
+    "generating the weights of": _generating,
+    "training step of": _training,
+}
+"""What each peer is asked for."""
+
+
+# ------------------------------------------------------------------------------------------- peers
+class _HyperLight(nn.Module):
+    """As in hyperlight's README: the generator beside the main network."""
+
+    def __init__(self, main: nn.Module, generator: nn.Module) -> None:
+        super().__init__()
+        self.main, self.generator = main, generator
+        self.register_buffer("h", torch.full((1, 1), 0.5))  # its input, one condition
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.generator(h=self.h)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.main.using_externals(self.weights()):
+            return self.main(x)
+
+
+def hyperlight(dense: nn.Module, plan: Plan) -> Made:
+    """One fully connected layer writes all weights, so it has more parameters than they are."""
+    import hyperlight as hl
+
+    main = hl.hypernetize(dense, modules=hl.find_modules_of_type(dense, [nn.Conv2d]))
+    generator = hl.HyperNet(
+        input_shapes={"h": (1,)}, output_shapes=main.external_shapes(), hidden_sizes=[]
+    )
+    model = _HyperLight(main, generator)
+    return Made(lambda: list(model.weights().values()), list(generator.parameters()), model)
+
+
+def hyper_nn(dense: nn.Module, plan: Plan) -> Made:
+    """One linear layer writes chunks of the vector of all parameters, biases and norms too."""
+    from hypernn.torch import TorchLinearHyperNetwork
+
+    weights = sum(p.numel() for p in dense.parameters())
+    chunks, embedding = _chunks(weights, plan.hyper_params)
+    model = TorchLinearHyperNetwork.from_target(
+        dense, embedding_dim=embedding, num_embeddings=chunks
+    )
+    parameters = [p for p in model.parameters() if p.numel()]
+    return Made(lambda: [model.generate_params()[0]], parameters, model)
+
+
+def hypnettorch(dense: nn.Module, plan: Plan) -> Made:
+    """A chunked hypernetwork without hidden layers, for the shapes of the plan."""
+    from hypnettorch.hnets import ChunkedHMLP
+
+    weights = sum(p.site.dense_params for p in plan.sites)
+    chunks, embedding = _chunks(weights, plan.hyper_params)
+    generator = ChunkedHMLP(
+        [list(p.site.shape) for p in plan.sites],
+        math.ceil(weights / chunks),
+        chunk_emb_size=embedding,
+        cond_chunk_embs=True,
+        cond_in_size=0,
+        layers=(),
+        verbose=False,
+    )
+    return Made(lambda: generator(cond_id=0), list(generator.parameters()), None)
+
+
+def _chunks(weights: int, parameters: int) -> tuple[int, int]:
+    """How many chunks of the weights, and the length of their embeddings, for so many parameters.
+
+    Chunks times embedding + width times (embedding + 1), where the width is that of a chunk.
+    """
+    chunks = round(math.sqrt(weights))
+    width = math.ceil(weights / chunks)
+    return chunks, max(1, (parameters - width) // (chunks + width))
+
+
+def tensorly_torch(factorization: str) -> Make:
+    """Factorized convolutions, each of its own, started at random as hyperize() starts."""
+
+    def make(dense: nn.Module, plan: Plan) -> Made:
+        from tltorch import FactorizedConv
+
+        rank = plan.hyper_params / plan.dense_params
+        factorized = []
+        for planned in plan.sites:
+            layer = FactorizedConv.from_conv(
+                dense.get_submodule(planned.site.path),
+                rank=rank,
+                factorization=factorization,
+                implementation="factorized",
+                decompose_weights=False,
+            )
+            dense.set_submodule(planned.site.path, layer)
+            factorized.append(layer)
+        return Made(
+            lambda: [layer.weight.to_tensor() for layer in factorized],
+            [p for layer in factorized for p in layer.parameters()],
+            dense,
+        )
+
+    return make
+
+
+PEERS: dict[str, tuple[str, Make]] = {
+    "hyperlight": ("hyperlight", hyperlight),
+    "hyper-nn": ("hyper-nn", hyper_nn),
+    "hypnettorch": ("hypnettorch", hypnettorch),
+    "tensorly-torch, Tucker": ("tensorly-torch", tensorly_torch("tucker")),
+    "tensorly-torch, CP": ("tensorly-torch", tensorly_torch("cp")),
+}
+"""Title -> package on PyPI, and how it makes its model of a dense one, which it may change."""

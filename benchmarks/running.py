@@ -1,0 +1,194 @@
+"""Training steps and inference of the hyperized model, against the dense one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import FULL, QUICK, Row, alternate
+from hyperize import HyperLSTM, hyperize, to_dense
+
+CLASSES = 1000
+NO_COMPILER = "not measured: torch.compile needs a C++ compiler"
+
+
+class BiLSTM(nn.Module):
+    """A bidirectional LSTM that classifies sequences."""
+
+    def __init__(self, features: int = 128, hidden: int = 256) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(features, hidden, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * hidden, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of sequences (batch, T, features)."""
+        return self.head(self.lstm(x)[0].mean(1))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with its input.
+
+    Attributes:
+        model: A name of timm's, or "BiLSTM".
+        size: Side of the square images, or length of the sequences.
+        batch: Images or sequences.
+        target: What the ratio should be, at most; None for no target.
+        compiled: Whether both models are compiled.
+    """
+
+    model: str
+    size: int
+    batch: int
+    target: float | None = None
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        size = f"T {self.size}" if self.model == "BiLSTM" else f"{self.size} px"
+        how = ", compiled" if self.compiled else ""
+        return f"{self.model}, {size}, batch {self.batch}{how}"
+
+    def make(self) -> tuple[nn.Module, Tensor]:
+        """The dense model and a batch of noise."""
+        if self.model == "BiLSTM":
+            return BiLSTM(), torch.randn(self.batch, self.size, 128)
+        image = torch.randn(self.batch, 3, self.size, self.size)
+        return timm.create_model(self.model, num_classes=CLASSES), image
+
+
+TRAINING = (
+    Case("resnet50", 224, 32, 1.05),
+    Case("resnet50", 224, 8, 1.15),
+    Case("resnet18", 32, 128, 1.10),
+    Case("resnet18", 224, 1),
+    Case("mobilenetv3_large_100", 224, 16),
+    Case("convnext_tiny", 224, 8),
+    Case("efficientnet_b0", 224, 8),
+    Case("BiLSTM", 100, 1),
+    Case("BiLSTM", 100, 64),
+    Case("resnet18", 32, 128, compiled=True),
+)
+INFERENCE = (
+    Case("resnet50", 224, 1, 1.5),
+    Case("resnet50", 224, 16),
+    Case("resnet18", 224, 1),
+    Case("resnet18", 32, 64),
+    Case("mobilenetv3_large_100", 224, 1),
+    Case("convnext_tiny", 224, 1),
+    Case("efficientnet_b0", 224, 1),
+    Case("BiLSTM", 100, 1),
+    Case("BiLSTM", 100, 64),
+    Case("resnet50", 224, 1, compiled=True),
+)
+SMALL = (
+    Case("resnet10t", 32, 2),
+    Case("BiLSTM", 10, 2),
+    Case("resnet10t", 32, 2, compiled=True),
+)
+"""With `--quick`."""
+
+
+def training(quick: bool) -> Iterator[Row]:
+    effort = QUICK if quick else FULL
+    for case in SMALL if quick else TRAINING:
+        name = f"training step, {case} / dense"
+        if case.compiled and not _can_compile(quick):
+            yield Row(name, note=NO_COMPILER)
+            continue
+        dense, inputs = case.make()
+        labels = torch.randint(CLASSES, (case.batch,))
+        hyper = hyperize(dense, seed=0)
+        runs = [
+            training_step(_as_asked(m.train(), case, quick), inputs, labels) for m in (hyper, dense)
+        ]
+        yield alternate(name, *runs, effort, target=case.target)
+
+
+def inference(quick: bool) -> Iterator[Row]:
+    effort = QUICK if quick else FULL
+    cases = SMALL if quick else INFERENCE
+    for case in cases:
+        name = f"inference, {case} / dense"
+        if case.compiled and not _can_compile(quick):
+            yield Row(name, note=NO_COMPILER)
+            continue
+        dense, inputs = case.make()
+        hyper = hyperize(dense, seed=0)
+        runs = [forward(_as_asked(m.eval(), case, quick), inputs) for m in (hyper, dense)]
+        yield alternate(name, *runs, effort, target=case.target)
+    dense, inputs = cases[0].make()
+    exported = to_dense(hyperize(dense, seed=0))
+    runs = [forward(m.eval(), inputs) for m in (exported, dense)]
+    name = f"inference after to_dense, {cases[0]} / dense"
+    yield alternate(name, *runs, effort, target=1.0)
+
+
+def hyperlstm(quick: bool) -> Iterator[Row]:
+    """Forward and backward of a HyperLSTM, against nn.LSTM of the same hidden size."""
+    effort = QUICK if quick else FULL
+    steps, batch = (10, 4) if quick else (100, 32)
+    before = torch.get_num_threads()
+    for threads in (1,) if quick else (1, 2):
+        for compiled in (False, True):
+            hyper, dense = HyperLSTM(128, 512, hyper_size=128, embedding_dim=16), nn.LSTM(128, 512)
+            run = _compile(hyper, quick) if compiled else hyper
+            x = torch.randn(steps, batch, 128, requires_grad=True)
+            how = "compiled" if compiled else "eager"
+            count = "1 thread" if threads == 1 else f"{threads} threads"
+            name = f"HyperLSTM(128, 512), T {steps}, batch {batch}, {how}, {count} / nn.LSTM"
+            if compiled and not _can_compile(quick):
+                yield Row(name, note=NO_COMPILER)
+                continue
+            torch.set_num_threads(threads)
+            try:
+                yield alternate(
+                    name,
+                    lambda run=run, x=x: run(x)[0].sum().backward(),
+                    lambda dense=dense, x=x: dense(x)[0].sum().backward(),
+                    effort,
+                )
+            finally:
+                torch.set_num_threads(before)
+
+
+def training_step(
+    network: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor
+) -> Callable[[], None]:
+    """Forward, backward and an SGD step."""
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
+
+    def run() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(inputs), labels).backward()
+        optimizer.step()
+
+    return run
+
+
+def forward(network: nn.Module, inputs: Tensor) -> Callable[[], None]:
+    """The forward pass without gradients."""
+
+    @torch.no_grad()
+    def run() -> None:
+        network(inputs)
+
+    return run
+
+
+def _as_asked(network: nn.Module, case: Case, quick: bool) -> nn.Module:
+    return _compile(network, quick) if case.compiled else network
+
+
+def _can_compile(quick: bool) -> bool:
+    return quick or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def _compile(network: nn.Module, quick: bool) -> nn.Module:
+    """Compiled; with `--quick` only traced, as compiling takes a minute."""
+    return torch.compile(network, backend="eager" if quick else "inductor")
