@@ -393,21 +393,19 @@ def _assemble(
             f"no file holds {kept[0]}, a buffer outside the state dict, and the "
             f"{type(model).__name__} given is on meta; make it on the CPU."
         )
-    try:
-        hyper = _on_meta(model, header["plan"])
-    except Exception as error:  # the plan may hold anything, and the model be any other
-        raise FileError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+    hyper = _on_meta(model, header["plan"], path)
     wanted = hyper.state_dict(keep_vars=True)
     for name in sorted(wanted.keys() | state.keys()):
         if name not in state:
-            raise FileError(f"{path} does not fit this {type(model).__name__}: it lacks {name}.")
-        if name not in wanted:
-            raise FileError(f"{path} does not fit this {type(model).__name__}: {name} is foreign.")
-        if wanted[name].shape != state[name].shape:
-            raise FileError(
-                f"{path} does not fit this {type(model).__name__}: {name} has the shape "
-                f"{tuple(state[name].shape)}, needed is {tuple(wanted[name].shape)}."
-            )
+            problem = f"it lacks {name}"
+        elif name not in wanted:
+            problem = f"{name} is foreign"
+        elif wanted[name].shape != state[name].shape:
+            shapes = tuple(state[name].shape), tuple(wanted[name].shape)
+            problem = f"{name} has the shape {shapes[0]}, needed is {shapes[1]}"
+        else:
+            continue
+        raise _misfit_error(path, model, problem)
     device = next((t.device for t in model.parameters()), torch.device("cpu"))
     device = torch.device("cpu") if device.type == "meta" else device
     dtypes = {id(tensor): state[name].dtype for name, tensor in wanted.items()}
@@ -424,8 +422,12 @@ def _assemble(
     return hyper
 
 
-def _on_meta(model: nn.Module, plan: Plan) -> nn.Module:
-    """The hyperized model on meta, but for buffers outside the state dict, and its plan checked."""
+def _on_meta(model: nn.Module, plan: Plan, path: PathLike) -> nn.Module:
+    """The hyperized model on meta, but for buffers outside the state dict, and its plan checked.
+
+    Raises:
+        FileError: The plan is not one of this model.
+    """
     kept = {
         id(module._buffers[name])
         for module in model.modules()
@@ -437,14 +439,21 @@ def _on_meta(model: nn.Module, plan: Plan) -> nn.Module:
             return tensor.detach().clone()
         return _like(tensor, torch.empty_like(tensor, device="meta"))
 
-    hyper = apply_plan(structural_copy(model, hollow), plan)
-    with torch.no_grad():
-        for layer in generated_layers(hyper).values():
-            for name in layer.generated:
-                site = plan.sites[layer._site_index[name]].site
-                if tuple(layer.generate(name).shape) != site.shape:
-                    raise ConfigError(f"the plan's tiles do not make the weight {site.name}.")
+    try:
+        hyper = apply_plan(structural_copy(model, hollow), plan)
+        with torch.no_grad():
+            for layer in generated_layers(hyper).values():
+                for name in layer.generated:
+                    site = plan.sites[layer._site_index[name]].site
+                    if tuple(layer.generate(name).shape) != site.shape:
+                        raise ConfigError(f"its tiles do not make the weight {site.name}.")
+    except Exception as error:  # the plan may hold anything, and the model be any other
+        raise _misfit_error(path, model, str(error)) from error
     return hyper
+
+
+def _misfit_error(path: PathLike, model: nn.Module, problem: str) -> FileError:
+    return FileError(f"{path} does not fit this {type(model).__name__}: {problem.rstrip('.')}.")
 
 
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
@@ -467,21 +476,13 @@ def _assemble_timm(
         with torch.device("meta"):
             model = _create(config)
         if any(module._non_persistent_buffers_set for module in model.modules()):
-            _on_meta_fits(model, header["plan"], path)
+            _on_meta(model, header["plan"], path)  # before memory is taken for a wrong one
             model = _create(config)  # buffers that no file holds are computed
     except FileError:
         raise
     except Exception as error:  # of timm's code, which runs on arguments from outside
         raise FileError(f"{path} names a model that timm cannot make: {error}") from error
     return _assemble(model.eval(), header, state, path)
-
-
-def _on_meta_fits(model: nn.Module, plan: Plan, path: PathLike) -> None:
-    """Raises before memory is taken for a model that the plan is not of."""
-    try:
-        _on_meta(model, plan)
-    except Exception as error:
-        raise FileError(f"{path} does not fit this {type(model).__name__}: {error}") from error
 
 
 def _create(config: Mapping[str, Any]) -> nn.Module:
