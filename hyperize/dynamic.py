@@ -437,7 +437,7 @@ class HyperRNNCell(_Cell):
             u = phi(u_x + F.linear(torch.cat((h, u), 1), self._hyper_recurrent))
             z = F.linear(u, self.embedding_weight, z_bias)
             # (N, P * E) -> (P, N, E), then (P, N, H)
-            d = torch.bmm(z.view(len(z), parts, -1).transpose(0, 1), scales)
+            d = torch.bmm(z.view(len(z), parts, self.embedding_dim).transpose(0, 1), scales)
             pre = d[0] * F.linear(h, self.weight_hh) + d[1] * w_x
             if self.bias is not None:
                 pre = pre + d[2] + self.bias

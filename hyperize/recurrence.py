@@ -272,6 +272,7 @@ def _hyper_lstm_backward(
     by_w_t, by_u_t = _Factor(w_hh.t(), z), _Factor(u_w.t(), z)
     scales = scale.view(-1, h, e)  # (P, 4, H, E) -> (P * 4, H, E)
     scales_t = scales.transpose(1, 2).contiguous()
+    parts = len(scales)
     dropped = mask.numel() > 0
 
     # Gradients of the products, of _CHUNK steps at a time: enough for an efficient product with
@@ -326,7 +327,7 @@ def _hyper_lstm_backward(
 
             # The scales, computed again as they are large, and the products that they scale
             # (N, P * 4 * E) -> (P * 4, N, E); no need for the bias
-            embeddings = zs[t].view(n, -1, e).transpose(0, 1)[:8]
+            embeddings = zs[t].view(n, parts, e).transpose(0, 1)[:8]
             d = torch.bmm(embeddings, scales_t[:8])  # (8, N, H)
             # (N, 4 H) -> (4, N, H)
             torch.mul(d_pre, hs[t].view(n, 4, h).transpose(0, 1), out=d_ds[:4, at])
@@ -334,7 +335,7 @@ def _hyper_lstm_backward(
             torch.mul(d_pre, d[:4], out=d_hs[at].view(n, 4, h).transpose(0, 1))
             torch.mul(d_pre, d[4:], out=d_xs[at].view(n, 4, h).transpose(0, 1))
             # (P * 4, N, E) -> (N, P * 4 * E)
-            d_zs[at].view(n, -1, e).copy_(torch.bmm(d_ds[:, at], scales).transpose(0, 1))
+            d_zs[at].view(n, parts, e).copy_(torch.bmm(d_ds[:, at], scales).transpose(0, 1))
             d_u = torch.addmm(d_u, d_zs[at], v)
 
             # The small LSTM
@@ -360,12 +361,12 @@ def _hyper_lstm_backward(
         # (chunk, N, ...) -> (chunk * N, ...)
         m = end - start
         rows = m * n
-        d_h, d_x_, d_a, d_z = (d[:m].view(rows, -1) for d in (d_hs, d_xs, d_as, d_zs))
-        past, now = s[start:end].view(rows, -1), s[start + 1 : end + 1].view(rows, -1)
-        inputs = x[start:end].reshape(rows, -1)
+        d_h, d_x_, d_a, d_z = (d[:m].flatten(0, 1) for d in (d_hs, d_xs, d_as, d_zs))
+        past, now = s[start:end].flatten(0, 1), s[start + 1 : end + 1].flatten(0, 1)
+        inputs = x[start:end].flatten(0, 1)
         if needs_x:
             d_inputs = _product(d_x_, w_ih).add_(_product(d_a, u_ih[:, h:]))
-            d_x[start:end] = d_inputs.view(m, n, -1)  # (chunk * N, input) -> (chunk, N, input)
+            d_x[start:end] = d_inputs.view(m, n, x.shape[2])  # (chunk * N, input) -> (chunk, N, input)
         d_w_ih += _product(inputs.t(), d_x_)
         d_w_hh += _product(past[:, :h].t(), d_h)
         d_u_w += _product(past.t(), d_a)
@@ -373,8 +374,8 @@ def _hyper_lstm_backward(
         d_weights[8] += _product(d_z.t(), now[:, h:])
         d_weights[9] += d_z[:, : v_bias.shape[0]].sum(0)
         # (chunk, N, P * 4 * E) -> (P * 4, chunk * N, E)
-        embeddings = zs[start:end].view(rows, -1, e).transpose(0, 1)
-        d_d = d_ds[:, :m].reshape(-1, rows, h)  # (P * 4, chunk, N, H) -> (P * 4, chunk * N, H)
+        embeddings = zs[start:end].view(rows, parts, e).transpose(0, 1)
+        d_d = d_ds[:, :m].flatten(1, 2)  # (P * 4, chunk, N, H) -> (P * 4, chunk * N, H)
         d_scales_t.baddbmm_(embeddings.transpose(1, 2), d_d)
         if z.bias:
             d_weights[2] += d_d[8:].sum(1).view(-1)  # (4, H) -> (4 H,)

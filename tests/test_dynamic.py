@@ -234,11 +234,16 @@ def test_onednn_is_asked_unless_it_is_disabled(enabled):
     assert ("mkldnn::_reorder_linear_weight" in names) == enabled
 
 
-def test_an_empty_batch_has_empty_outputs():
-    with torch.no_grad():
-        output, (h, _) = HyperLSTM(SIZE, HIDDEN, **SMALL)(torch.randn(TIME, 0, SIZE))
-    assert output.shape == (TIME, 0, HIDDEN)
-    assert h.shape == (1, 0, HIDDEN)
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("cls", [HyperLSTM, HyperRNN])
+def test_an_empty_batch_has_empty_outputs_and_gradients(cls, layer_norm):
+    layer = cls(6, 8, hyper_size=4, embedding_dim=2, layer_norm=layer_norm)
+    x = torch.randn(5, 0, 6, requires_grad=True)
+    output = layer(x)[0]
+    output.sum().backward()
+    assert output.shape == (5, 0, 8)
+    assert x.grad.shape == x.shape
+    assert not any(parameter.grad.any() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
