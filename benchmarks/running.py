@@ -84,7 +84,7 @@ INFERENCE = (
     Case("efficientnet_b0", 224, 1),
     Case("BiLSTM", 100, 1),
     Case("BiLSTM", 100, 64),
-    Case("resnet50", 224, 1, compiled=True),
+    Case("resnet18", 224, 1, compiled=True),
 )
 SMALL = (
     Case("resnet10t", 32, 2),
