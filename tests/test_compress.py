@@ -337,7 +337,9 @@ def test_weights_of_timm(script, root, flags, tmp_path, monkeypatch, capsys):
     at = flags.index("--model")
     flags = [*flags[:at], *flags[at + 4 :], "--model", "test_resnet", "--pretrained"]
     stages = script.main([*flags, "--epochs", "1", "--fit-samples", "0"])
-    assert asked == [{"pretrained": True}, {"num_classes": 3}]
+    assert asked[0] == {"pretrained": True}
+    assert {"num_classes": 3} in asked
+    assert sum(options.get("pretrained", False) for options in asked) == 1
     assert stages[0].params == stages[3].params == count(pretrained)
     assert stages[0].accuracy == correct(pretrained, root)
     create(  # the export is timm's own checkpoint

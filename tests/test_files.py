@@ -297,13 +297,15 @@ def test_dense_folders_need_no_hyperize(tmp_path):
     torch.save((x, hyper(x).detach()), tmp_path / "expected.pt")
     code = """
         import sys, timm, torch
+        torch.set_num_threads(int(sys.argv[1]))  # sums are split among threads
         x, y = torch.load("expected.pt")
         model = timm.create_model("local-dir:dense", pretrained=True).eval()
         with torch.no_grad():
             assert torch.equal(model(x), y)
         assert "hyperize" not in sys.modules
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(torch.get_num_threads())]
+    subprocess.run(command, cwd=tmp_path, check=True)
 
 
 def test_folders_of_other_models(tmp_path):
