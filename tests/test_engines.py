@@ -49,6 +49,9 @@ from hyperize.layers import Generated
 
 SAME_SUMS = 1e-5
 """Relative error, in norm, of sums in another order in float32; 1e-6 was measured."""
+SAME_STEPS = 2e-3
+"""The same of weights after steps of Adam, which divides each gradient by its own size and so makes
+whole steps of rounding where a gradient is near zero; 2e-4 was measured."""
 HALF_SUMS = {torch.half: 0.15, torch.bfloat16: 0.4}
 """The same of gradients through a network in fewer bits; 0.06 and 0.22 were measured."""
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -220,7 +223,7 @@ def test_ddp_gives_the_gradients_of_one_process(tmp_path):
 
     model = image_model()
     train(model, adamw(model), *batch(), 3)
-    assert error(floats(first["trained"]), floats(model.state_dict())) < SAME_SUMS
+    assert error(floats(first["trained"]), floats(model.state_dict())) < SAME_STEPS
 
 
 def floats(state):
@@ -370,7 +373,7 @@ def test_an_fsdp2_checkpoint_resumes_with_another_number_of_processes(tmp_path):
 
     two = in_processes(fsdp_checkpoint, tmp_path / "two", of_two, of_one)[0]
     assert equal(two["resumed"], saved)  # one process to two
-    assert error(floats(two["saved"][0]), floats(saved[0])) < SAME_SUMS
+    assert error(floats(two["saved"][0]), floats(saved[0])) < SAME_STEPS
 
     model = shard(image_model(seed=1))
     optimizer = adamw(model)
@@ -378,7 +381,7 @@ def test_an_fsdp2_checkpoint_resumes_with_another_number_of_processes(tmp_path):
     assert equal(whole(model, optimizer), two["saved"])  # two processes to one
     train(model, optimizer, *batch(), 1)
     state, _ = whole(model, optimizer)
-    assert error(floats(state), floats(two["went on"][0])) < SAME_SUMS
+    assert error(floats(state), floats(two["went on"][0])) < SAME_STEPS
     assert not equal(state, two["saved"][0])
 
     # The way to the small file and to dense weights
@@ -609,7 +612,7 @@ def test_a_compiled_training_step():
         loss.backward()
         reference.step()
         torch.testing.assert_close(step(*batch()), loss, rtol=SAME_SUMS, atol=0)
-    assert error(floats(model.state_dict()), floats(plain.state_dict())) < SAME_SUMS
+    assert error(floats(model.state_dict()), floats(plain.state_dict())) < SAME_STEPS
     assert not any(map(torch.equal, model.parameters(), start.parameters()))
 
 
