@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +139,7 @@ def save(
     stored, dtypes = _rounded(hyper, state, dtype)
     header = {
         "format": FORMAT,
-        "versions": {name: version(name) for name in ("hyperize", "torch", "timm")},
+        "versions": {name: _version(name) for name in ("hyperize", "torch", "timm")},
         "plan": plan.to_dict(),
         "dtypes": dtypes,
         "timm": timm_config,
@@ -670,6 +670,13 @@ def _digest(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
         digest.update(f"\0{name}\0{_name(tensor.dtype)}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # (numbers * itemsize,)
     return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,6 +1,7 @@
 """Checkpoint files: what is written comes back bit for bit, and nothing else is believed."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import pickle
@@ -590,6 +591,15 @@ def test_loading_runs_no_pickle(good, monkeypatch):
 
 
 # Writing
+
+
+def test_a_package_that_is_not_installed_can_save(tmp_path, monkeypatch):
+    def lacking(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(files, "version", lacking)
+    save(hyperize(small("test_resnet"), compression=2), tmp_path / "f")
+    load_timm(tmp_path / "f")
 
 
 def test_what_cannot_be_written_is_refused(tmp_path):
