@@ -366,9 +366,8 @@ def _hyper_lstm_backward(
         inputs = x[start:end].flatten(0, 1)
         if needs_x:
             d_inputs = _product(d_x_, w_ih).add_(_product(d_a, u_ih[:, h:]))
-            d_x[start:end] = d_inputs.view(
-                m, n, x.shape[2]
-            )  # (chunk * N, input) -> (chunk, N, input)
+            # (chunk * N, input) -> (chunk, N, input)
+            d_x[start:end] = d_inputs.view(m, n, x.shape[2])
         d_w_ih += _product(inputs.t(), d_x_)
         d_w_hh += _product(past[:, :h].t(), d_h)
         d_u_w += _product(past.t(), d_a)
