@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -30,7 +30,7 @@ from hyperize.layers import EMBEDDING
 from hyperize.planning import Plan
 from hyperize.reporting import report
 from hyperize.rewrite import apply_plan, find_hypernet, generated_layers, to_dense
-from hyperize.sites import structural_copy
+from hyperize.sites import HYPERNET, structural_copy
 from hyperize.writing import replacing
 
 __all__ = [
@@ -133,19 +133,28 @@ def save(
             this model.
         FileError: The file cannot be written.
     """
-    plan = find_hypernet(hyper)[1].plan
+    find_hypernet(hyper)
+    return _write(hyper, Path(path), dtype, *_timm_config(hyper, timm_args))
+
+
+def _write(
+    hyper: nn.Module,
+    target: Path,
+    dtype: torch.dtype | None,
+    timm_config: dict[str, Any] | None,
+    reason: str,
+) -> FileReport:
+    """`save` with what `_timm_config` has found."""
     state = _tensors(hyper)
-    timm_config, reason = _timm_config(hyper, timm_args)
     stored, dtypes = _rounded(hyper, state, dtype)
     header = {
         "format": FORMAT,
         "versions": {name: _version(name) for name in ("hyperize", "torch", "timm")},
-        "plan": plan.to_dict(),
+        "plan": find_hypernet(hyper)[1].plan.to_dict(),
         "dtypes": dtypes,
         "timm": timm_config,
     }
     header[_DIGEST] = _digest(header, stored)
-    target = Path(path)
     with replacing(target) as part:
         # One entry, as safetensors writes several in no fixed order
         save_file(stored, part, {_HEADER: json.dumps(header)})
@@ -239,7 +248,7 @@ def save_pretrained(
     if dense:
         written = write_dense(hyper, place / WEIGHTS, dtype=dtype)
     else:
-        written = save(hyper, place / WEIGHTS, dtype=dtype, timm_args=timm_args)
+        written = _write(hyper, place / WEIGHTS, dtype, timm_config, reason)
     config = timm_config or {"architecture": type(hyper).__name__}
     if not dense:
         config = config | {"library_name": "hyperize"}
@@ -622,37 +631,29 @@ def _errors(
     model: nn.Module, state: dict[str, Tensor], stored: dict[str, Tensor]
 ) -> dict[str, float]:
     """What rounding does to each weight, relative to its norm."""
-    rounded = {id(t): stored[name] for name, t in model.state_dict(keep_vars=True).items()}
-    exact = {id(t): state[name] for name, t in model.state_dict(keep_vars=True).items()}
+    names = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
 
-    def taken(source: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
-        def take(tensor: Tensor) -> Tensor:
-            if id(tensor) not in source:
-                return tensor
-            return _like(tensor, source[id(tensor)].to(tensor.dtype))
+    def taken(tensor: Tensor) -> Tensor:
+        if id(tensor) not in names:
+            return tensor
+        return _like(tensor, stored[names[id(tensor)]].to(tensor))
 
-        return take
-
-    one, other = (structural_copy(model, taken(source)) for source in (exact, rounded))
-    errors = {}
-    layers = generated_layers(other)
+    errors, generators = {}, set()
+    layers = generated_layers(structural_copy(model, taken))
     with torch.no_grad():
-        for path, layer in generated_layers(one).items():
+        for path, layer in generated_layers(model).items():
             for name in layer.generated:
                 title = f"{path}.{name}" if path else name
                 errors[title] = _error(layer.generate(name), layers[path].generate(name))
+                generators.add(title + EMBEDDING)
+    if layers:
+        host, hypernet = find_hypernet(model)
+        prefix = f"{host}.{HYPERNET}" if host else HYPERNET
+        generators |= {f"{prefix}.{name}" for name in hypernet.state_dict()}
     for name, tensor in state.items():
-        part_of_generator = name.endswith(EMBEDDING) or _in_hypernet(model, name)
-        if stored[name].dtype != tensor.dtype and not part_of_generator:
+        if stored[name].dtype != tensor.dtype and name not in generators:
             errors[name] = _error(tensor, stored[name])
     return errors
-
-
-def _in_hypernet(model: nn.Module, name: str) -> bool:
-    if not generated_layers(model):
-        return False
-    host, _ = find_hypernet(model)
-    return name.startswith(f"{host}.hypernet." if host else "hypernet.")
 
 
 def _error(exact: Tensor, rounded: Tensor) -> float:
