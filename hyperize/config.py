@@ -74,6 +74,11 @@ class HyperConfig:
         recompute: Generate each weight again for the backward pass instead of keeping it from the
             forward pass, for the same gradients: less memory, more time. Afterwards it is the
             attribute `hypernet.recompute` of the model.
+        factorized: Compute with the factors of a weight in the place of the weight, wherever this
+            takes fewer multiply-adds: in nn.Linear and in nn.Conv1d to nn.Conv3d without groups.
+            Such layers are faster than dense ones, and no weight is generated; outputs differ from
+            those of `to_dense` by rounding. The planner then prefers tiles that end with the rows
+            of many weights. Afterwards it is the attribute `hypernet.factorized` of the model.
         seed: Seed of the initial hypernetwork and embeddings. `None` takes it from the state of
             torch's global generator, which is read and not advanced.
 
@@ -94,6 +99,7 @@ class HyperConfig:
     lstm: str | tuple[tuple[str, str], ...] | Mapping[str, str] = "static"
     lstm_options: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
     recompute: bool = False
+    factorized: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -135,8 +141,9 @@ class HyperConfig:
                 "hidden_dim=0 means tiles of one channel along "
                 f"trunk_axis={self.trunk_axis}, got tile={self.tile!r}."
             )
-        if not isinstance(self.recompute, bool):
-            raise ConfigError(f"recompute must be True or False, got {self.recompute!r}.")
+        for name in ("recompute", "factorized"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {value!r}.")
         if not self.targets:
             raise ConfigError('targets is empty; name at least one kind of layer, as "conv2d".')
         if not self.include:

@@ -59,6 +59,10 @@ class HyperNet(nn.Module):
         self.trunk_axis = plan.config.trunk_axis
         self.lead = plan.lead
         self.recompute = plan.config.recompute
+        self.factorized = plan.config.factorized
+        self._factorable = frozenset(
+            site for site, p in enumerate(plan.sites) if plan.factorized_macs(p) is not None
+        )
         self.channelwise = plan.config.channelwise
         self.fan_in = plan.fan_in
         self.embedding_dim = plan.embedding_dim
@@ -93,23 +97,33 @@ class HyperNet(nn.Module):
             layer.weight.copy_(noise / math.sqrt(layer.in_features))
             layer.bias.zero_()
 
+    def factorizes(self, site: int) -> bool:
+        """Whether a site's layer computes with the factors of its weight at present."""
+        return self.factorized and site in self._factorable
+
     def forward(
-        self, embedding: Tensor | tuple[Tensor, ...], site: int | tuple[int, ...]
+        self,
+        embedding: Tensor | tuple[Tensor, ...],
+        site: int | tuple[int, ...],
+        factors: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
         """Generates a site's weight, or the weights of several sites in one call.
 
         Args:
             embedding: The site's embeddings, (tiles, Nz), or (rows + columns, Nz) of channels.
             site: The site's number in the plan.
+            factors: Stop before the last product. Only for one of the sites that
+                `Plan.factorized_macs` has a number for.
 
         Returns:
             The weight, contiguous, in the dense parameter's shape and the embedding's dtype; a
-            tuple of weights for tuples of embeddings and sites.
+            tuple of weights for tuples of embeddings and sites. Or the weight's factors, as
+            `hyperize.factorized.multiply` takes them, in the embedding's dtype.
         """
         if isinstance(site, tuple):
             return tuple(self._generate(z, s) for z, s in zip(embedding, site, strict=True))
         assert isinstance(embedding, Tensor)
-        return self._generate(embedding, site)
+        return (self._factorize if factors else self._generate)(embedding, site)
 
     def _generate(self, embedding: Tensor, site: int) -> Tensor:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
@@ -127,6 +141,30 @@ class HyperNet(nn.Module):
             if self.trunk_axis == 1:
                 weight = weight.transpose(0, 1).contiguous()
             return _like_a_parameter(weight.to(embedding.dtype), embedding.requires_grad)
+
+    def _factorize(self, embedding: Tensor, site: int) -> tuple[Tensor, ...]:
+        grid = self.plan.sites[site].grid
+        with _no_autocast(embedding.device.type):
+            factors: tuple[Tensor, ...]
+            if self.channelwise:
+                head = self.heads[grid.kernel]
+                assert isinstance(head, nn.Linear)
+                z = embedding.to(head.weight.dtype)
+                scale, offset = self.scale[site], self.offset[site]
+                rows, columns = _and_one(z[: grid.rows] * scale), _and_one(z[grid.rows :])
+                kernel = _and(head.weight, head.bias * scale + offset)  # (k, Nz + 1)
+                kernel = kernel.view(*grid.shape[2:], -1)
+                factors = (columns, rows, kernel) if self.trunk_axis else (rows, columns, kernel)
+            else:
+                assert grid.blocks is not None
+                parts, folds = grid.blocks
+                outer, inner, bias = self._factors(embedding, site)
+                outer, inner = _and_one(outer), _and(inner, bias)
+                factors = (
+                    outer.view(-1, parts, outer.shape[-1]),  # (rows, parts, d + 1)
+                    inner.view(folds, -1, *grid.shape[2:], inner.shape[-1]),  # (folds, w, *k, d+1)
+                )
+            return tuple(factor.to(embedding.dtype) for factor in factors)
 
     @torch.no_grad()
     def moments(
@@ -208,6 +246,16 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if mean.square() < 0.5 * square:  # otherwise too little would be left of the difference
         return mean, (square - mean.square()).sqrt()
     return mean, torch.linalg.vector_norm(x - mean) / math.sqrt(size)
+
+
+def _and(x: Tensor, column: Tensor) -> Tensor:
+    """One more column: (n, d), (n,) -> (n, d + 1)."""
+    return torch.cat([x, column[:, None]], 1)
+
+
+def _and_one(x: Tensor) -> Tensor:
+    """A column of ones, which the bias is multiplied by."""
+    return _and(x, x.new_ones(len(x)))
 
 
 def _like_a_parameter(weight: Tensor, trains: bool) -> Tensor:

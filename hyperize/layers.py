@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hyperize.config import ConfigError, ModelError
+from hyperize.factorized import is_plain, multiply
 
 __all__ = ["LayerSpec", "register_layer"]
 
@@ -47,15 +48,21 @@ class Generated(nn.Module):
 
     _hypernet: nn.Module
     _site_index: dict[str, int]
+    _plain: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The dense class's.
+
+        With `HyperConfig.factorized` it is computed with the weight's factors, where they take
+        fewer multiply-adds; nothing is to be recomputed then.
 
         With `HyperConfig.recompute` no weight is kept for the backward pass: the layer is a
         checkpointed region. Convolution and linear layers save their weight before they use it, so
         that running the region again ends there, and of them only the generator runs twice.
         Recurrent and attention layers save what they compute, and run twice as a whole.
         """
+        if self._plain and self._hypernet.factorizes(site := self._site_index["weight"]):
+            return self._multiply(site, *args, **kwargs)
         if not (self._hypernet.recompute and torch.is_grad_enabled()):
             return self._forward(*args, **kwargs)
         draws = not isinstance(self, _WITHOUT_RANDOMNESS)
@@ -66,6 +73,10 @@ class Generated(nn.Module):
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's work, in which its weights are read."""
         return super().forward(*args, **kwargs)  # the dense class's, which comes next
+
+    def _multiply(self, site: int, input: Tensor) -> Tensor:
+        factors = self._hypernet(self.weight_embedding, site, True)
+        return multiply(self, input, factors, self._hypernet.trunk_axis)
 
     def generate(self, name: str) -> Tensor:
         """The current value of one generated parameter, attached to the autograd graph."""
@@ -239,6 +250,7 @@ def generate_params(
         hypernet: The shared generator; referenced, not registered.
     """
     names = tuple(embeddings)
+    module.__dict__["_plain"] = is_plain(module)
     twin = generated_class(type(module), names)
     _replace(module._parameters, {name: (name + EMBEDDING, embeddings[name]) for name in names})
     module.__dict__["_hypernet"] = hypernet
@@ -259,7 +271,8 @@ def densify_params(module: Generated, weights: dict[str, nn.Parameter]) -> None:
     _replace(
         module._parameters, {name + EMBEDDING: (name, weight) for name, weight in weights.items()}
     )
-    del module.__dict__["_hypernet"], module.__dict__["_site_index"]
+    for name in ("_hypernet", "_site_index", "_plain"):
+        del module.__dict__[name]
     module.__class__ = module.dense_class  # type: ignore[assignment]
     restore()
 

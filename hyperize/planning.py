@@ -103,6 +103,16 @@ class Grid:
     width: int
     tiles: int
 
+    @property
+    def blocks(self) -> tuple[int, int] | None:
+        """Tiles along a row, and rows in a tile, one of which is 1; None if rows end in tiles."""
+        columns = self.shape[1]
+        if self.parts > 1:
+            return self.parts, 1
+        if self.width % columns == 0:
+            return 1, self.width // columns
+        return (columns // self.width, 1) if columns % self.width == 0 else None
+
 
 @dataclass(frozen=True)
 class PlannedSite:
@@ -219,6 +229,28 @@ class Plan:
         trunk = grid.tiles * self.embedding_dim * self.lead * self.hidden_dim
         row = self.fan_in * grid.width * math.prod(grid.shape[2:])
         return trunk + grid.rows * grid.parts * row
+
+    def factorized_macs(self, planned: PlannedSite) -> int | None:
+        """Multiply-adds per position of the output, of computing with a weight's factors.
+
+        The weight itself takes as many as it has elements. None where the layer computes with the
+        weight also if `HyperConfig.factorized`: where the factors take no fewer, where rows of the
+        weight end within tiles, in layers of other kinds, and in grouped convolutions.
+        """
+        site, grid = planned.site, planned.grid
+        if not site.plain:
+            return None
+        rows, columns, *kernel = grid.shape
+        k = math.prod(kernel)
+        size = self.fan_in + 1  # with the bias
+        if self.config.channelwise:
+            macs = (rows + columns + (k if k > 1 else 0)) * size
+        elif grid.blocks is None:
+            return None
+        else:
+            parts, folds = grid.blocks
+            macs = (parts * grid.width * k + grid.rows * grid.parts * folds) * size
+        return macs if macs < site.dense_params else None
 
     def layers(self) -> dict[str, dict[str, int]]:
         """Layer path -> generated parameter -> the site's number."""

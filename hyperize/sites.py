@@ -30,6 +30,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from hyperize.config import ConfigError, HyperConfig, ModelError
 from hyperize.dynamic import dynamic_twin
+from hyperize.factorized import is_plain
 from hyperize.layers import EMBEDDING, Generated, registered_kinds, spec_of
 
 __all__: list[str] = []
@@ -55,6 +56,7 @@ class Site:
         shape: Shape of the dense parameter.
         itemsize: Bytes of one weight.
         aliases: The layer's other paths, if one instance is registered more than once.
+        plain: Whether the layer's output is a product with the weight, as `is_plain` says.
     """
 
     path: str
@@ -63,6 +65,7 @@ class Site:
     shape: tuple[int, ...]
     itemsize: int = 4
     aliases: tuple[str, ...] = ()
+    plain: bool = False
 
     @property
     def name(self) -> str:
@@ -217,7 +220,8 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
             weight = getattr(module, param)
             aliases = tuple(paths[module][1:])
             shape = tuple(weight.shape)
-            site = Site(path, param, _kind(module), shape, weight.element_size(), aliases)
+            size = weight.element_size()
+            site = Site(path, param, _kind(module), shape, size, aliases, is_plain(module))
             if obstacle := _obstacle(module, param, owners):
                 skips.append(Skip(site.name, obstacle, weight.numel()))
             else:

@@ -1,0 +1,203 @@
+"""Products of a layer's input with the factors of a weight, in the place of the weight.
+
+A generated weight is a product of two matrices (of three for embeddings of channels, a CP form), so
+a convolution with it is a chain of smaller ones: with the head's rows as filters, each of which
+serves many output channels, and a mixture of their results by the embeddings. Tucker and CP layers
+are computed like this, see Kim et al. 2016 (arXiv 1511.06530) and Lebedev et al. 2015 (arXiv
+1412.6553).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__: list[str] = []
+
+_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes as nn.Linear, or as an nn.Conv1d to nn.Conv3d without groups."""
+    if isinstance(layer, nn.Linear):
+        return _is_method(layer.forward, nn.Linear.forward)
+    return any(
+        isinstance(layer, base)
+        and layer.groups == 1
+        and _is_method(layer.forward, base.forward)
+        and _is_method(layer._conv_forward, base._conv_forward)
+        for base in _CONVOLUTIONS
+    )
+
+
+def _is_method(bound: object, function: object) -> bool:
+    return getattr(bound, "__func__", None) is function  # which a function of one instance has not
+
+
+def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int) -> Tensor:
+    """What a plain layer computes, of its weight's factors.
+
+    Args:
+        layer: As `is_plain` accepts; its weight is not read.
+        x: Its input, batched or not.
+        factors: (R, P, D) and (Q, w, *kernel, D), where P or Q is 1: the weight's axis `axis` is
+            (R, Q), the other one (P, w), each less what it is too long. Or, of embeddings of
+            channels, (out, D), (in, D) and (*kernel, D).
+        axis: The weight's axis along which the first factor goes.
+
+    Returns:
+        The output, in the memory format of `x`.
+    """
+    form = _Linear(layer) if isinstance(layer, nn.Linear) else _Convolution(layer)
+    batched = form.batched(x)
+    compute = _through_channels if len(factors) == 3 else (_filters_first, _mixture_first)[axis]
+    y = compute(form, batched, *factors)
+    return y if batched is x else y.squeeze(0)
+
+
+def _filters_first(form: _Form, x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    rows, parts, size = outer.shape
+    folds, width, *kernel, _ = inner.shape
+    # (Q, w, *kernel, D) -> (Q * D, w, *kernel)
+    filters = inner.movedim(-1, 1).reshape(folds * size, width, *kernel)
+    mixture = outer.reshape(rows, parts * size)  # (R, P, D) -> (R, P * D)
+    u = form.convolve(form.split(form.pad(x, parts * width), parts), filters)  # (N * P, Q * D)
+    u = form.join(u, parts)  # (N, P * Q * D)
+    if folds == 1:
+        return form.mix(u, mixture, form.bias)
+    y = form.mix(form.split(u, folds), mixture)  # (N * Q, R)
+    return form.finish(form.join(y, folds, turned=True))  # (N, R * Q)
+
+
+def _mixture_first(form: _Form, x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
+    rows, parts, size = outer.shape
+    folds, width, *kernel, _ = inner.shape
+    mixture = outer.permute(1, 2, 0).reshape(parts * size, rows)  # (R, P, D) -> (P * D, R)
+    # (Q, w, *kernel, D) -> (w, Q * D, *kernel)
+    filters = inner.movedim(-1, 1).movedim(2, 0).reshape(width, folds * size, *kernel)
+    x = form.split(form.pad(x, rows * folds), folds, turned=True)  # (N * Q, R)
+    if math.prod(kernel) == 1:  # a stride comes first then, where it spares work
+        first, then = form.convolve, form.mix
+        mixture, filters = mixture.view(parts * size, rows, *kernel), filters.flatten(1)
+    else:
+        first, then = form.mix, form.convolve
+    u = form.split(form.join(first(x, mixture), folds), parts)  # (N * P, Q * D)
+    if parts == 1:
+        return then(u, filters, form.bias)
+    return form.finish(form.join(then(u, filters), parts))  # (N, P * w)
+
+
+def _through_channels(
+    form: _Form, x: Tensor, out: Tensor, into: Tensor, kernel: Tensor
+) -> Tensor:
+    *sides, size = kernel.shape
+    if math.prod(sides) == 1:
+        u = form.convolve(x, into.t().reshape(size, -1, *sides))
+        return form.mix(u, out * kernel.flatten(), form.bias)
+    u = form.mix(x, into.t())
+    u = form.convolve(u, kernel.movedim(-1, 0)[:, None], groups=size)  # (D, 1, *kernel)
+    return form.mix(u, out, form.bias)
+
+
+class _Linear:
+    """Products along the last axis; groups of channels are an axis before it."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.bias = layer.bias
+        self.out = layer.out_features
+
+    def batched(self, x: Tensor) -> Tensor:
+        return x
+
+    def pad(self, x: Tensor, channels: int) -> Tensor:
+        spare = channels - x.shape[-1]
+        return F.pad(x, (0, spare)) if spare else x
+
+    def mix(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    convolve = mix
+
+    def split(self, x: Tensor, groups: int, turned: bool = False) -> Tensor:
+        """(..., groups * c) -> (..., groups, c); turned, of (..., c * groups)."""
+        if groups == 1:
+            return x
+        c = x.shape[-1] // groups
+        return x.unflatten(-1, (c, groups)).mT if turned else x.unflatten(-1, (groups, c))
+
+    def join(self, x: Tensor, groups: int, turned: bool = False) -> Tensor:
+        """The inverse of `split`."""
+        if groups == 1:
+            return x
+        return (x.mT if turned else x).flatten(-2)
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Less spare channels, with the bias."""
+        y = y[..., : self.out]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class _Convolution:
+    """Products along the axis after the batch's; groups of channels are more of a batch."""
+
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        self.bias = layer.bias
+        self.layer = layer
+        self.axes = len(layer.kernel_size)
+        self.function = (F.conv1d, F.conv2d, F.conv3d)[self.axes - 1]
+
+    def batched(self, x: Tensor) -> Tensor:
+        return x if x.ndim == self.axes + 2 else x[None]
+
+    def pad(self, x: Tensor, channels: int) -> Tensor:
+        spare = channels - x.shape[1]
+        return F.pad(x, (*(0, 0) * self.axes, 0, spare)) if spare else x
+
+    def mix(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.function(x, weight[(..., *(None,) * self.axes)], bias)
+
+    def convolve(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1
+    ) -> Tensor:
+        layer, padding = self.layer, self.layer.padding
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode)
+            padding = 0
+        return self.function(x, weight, bias, layer.stride, padding, layer.dilation, groups)
+
+    def split(self, x: Tensor, groups: int, turned: bool = False) -> Tensor:
+        """(N, groups * c, ...) -> (N * groups, c, ...); turned, of (N, c * groups, ...)."""
+        if groups == 1:
+            return x
+        c = x.shape[1] // groups
+        y = x.unflatten(1, (c, groups)).transpose(1, 2) if turned else x.unflatten(1, (groups, c))
+        return _in_format_of(x, y.flatten(0, 1))
+
+    def join(self, x: Tensor, groups: int, turned: bool = False) -> Tensor:
+        """The inverse of `split`."""
+        if groups == 1:
+            return x
+        y = x.unflatten(0, (x.shape[0] // groups, groups))
+        return _in_format_of(x, (y.transpose(1, 2) if turned else y).flatten(1, 2))
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Less spare channels, with the bias."""
+        y = y[:, : self.layer.out_channels]
+        if self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).view(-1, *(1,) * self.axes)
+
+
+_Form = _Linear | _Convolution
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """`y` in channels_last if `x` is, which rearranged channels are not by themselves."""
+    last = _CHANNELS_LAST.get(x.ndim)
+    if last and not x.is_contiguous() and x.is_contiguous(memory_format=last):
+        return y.contiguous(memory_format=last)
+    return y
