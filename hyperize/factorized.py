@@ -10,10 +10,13 @@ are computed like this, see Kim et al. 2016 (arXiv 1511.06530) and Lebedev et al
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 __all__: list[str] = []
 
@@ -23,6 +26,8 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes as nn.Linear, or as an nn.Conv1d to nn.Conv3d without groups."""
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(layer, nn.Linear):
         return _is_method(layer.forward, nn.Linear.forward)
     return any(
@@ -52,11 +57,38 @@ def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int
     Returns:
         The output, in the memory format of `x`.
     """
-    form = _Linear(layer) if isinstance(layer, nn.Linear) else _Convolution(layer)
-    batched = form.batched(x)
+    form: _Form
+    if isinstance(layer, nn.Linear):
+        form = _Linear(layer)
+    else:
+        assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        form = _Convolution(layer)
     compute = _through_channels if len(factors) == 3 else (_filters_first, _mixture_first)[axis]
-    y = compute(form, batched, *factors)
-    return y if batched is x else y.squeeze(0)
+    y = compute(form, form.prepare(x), *factors)
+    return y if y.ndim == x.ndim else y.squeeze(0)
+
+
+def expand(factors: tuple[Tensor, ...], shape: Sequence[int], axis: int) -> Tensor:
+    """The weight, of its factors.
+
+    Args:
+        factors: As in `multiply`.
+        shape: The weight's.
+        axis: As in `multiply`.
+    """
+    if len(factors) == 3:
+        out, into, kernel = factors
+        # (in, 1, D) * (k, D) -> (in * k, D)
+        kernels = (into[:, None] * kernel.reshape(-1, kernel.shape[-1])).flatten(0, 1)
+        return F.linear(out, kernels).view(*shape)  # (out, in * k) -> shape
+    outer, inner = factors
+    rows, parts, _ = outer.shape
+    folds, width, *sides, _ = inner.shape
+    weight = F.linear(outer.flatten(0, 1), inner.flatten(0, -2))  # (R * P, Q * w * k)
+    weight = weight.view(rows, parts, folds, width, *sides).transpose(1, 2)
+    weight = weight.reshape(rows * folds, parts * width, *sides)
+    weight = weight[: shape[axis], : shape[1 - axis]]
+    return weight.transpose(0, 1) if axis else weight
 
 
 def _filters_first(form: _Form, x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:
@@ -91,15 +123,13 @@ def _mixture_first(form: _Form, x: Tensor, outer: Tensor, inner: Tensor) -> Tens
     return form.finish(form.join(then(u, filters), parts))  # (N, P * w)
 
 
-def _through_channels(
-    form: _Form, x: Tensor, out: Tensor, into: Tensor, kernel: Tensor
-) -> Tensor:
+def _through_channels(form: _Form, x: Tensor, out: Tensor, into: Tensor, kernel: Tensor) -> Tensor:
     *sides, size = kernel.shape
     if math.prod(sides) == 1:
         u = form.convolve(x, into.t().reshape(size, -1, *sides))
         return form.mix(u, out * kernel.flatten(), form.bias)
     u = form.mix(x, into.t())
-    u = form.convolve(u, kernel.movedim(-1, 0)[:, None], groups=size)  # (D, 1, *kernel)
+    u = form.convolve(u, kernel.movedim(-1, 0)[:, None])  # depthwise, of (D, 1, *kernel)
     return form.mix(u, out, form.bias)
 
 
@@ -110,7 +140,7 @@ class _Linear:
         self.bias = layer.bias
         self.out = layer.out_features
 
-    def batched(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor:
         return x
 
     def pad(self, x: Tensor, channels: int) -> Tensor:
@@ -150,8 +180,12 @@ class _Convolution:
         self.axes = len(layer.kernel_size)
         self.function = (F.conv1d, F.conv2d, F.conv3d)[self.axes - 1]
 
-    def batched(self, x: Tensor) -> Tensor:
-        return x if x.ndim == self.axes + 2 else x[None]
+    def prepare(self, x: Tensor) -> Tensor:
+        """With an axis for the batch, and padded where it is not with zeros."""
+        x = x if x.ndim == self.axes + 2 else x[None]
+        if self.layer.padding_mode == "zeros":
+            return x
+        return F.pad(x, self.layer._reversed_padding_repeated_twice, self.layer.padding_mode)
 
     def pad(self, x: Tensor, channels: int) -> Tensor:
         spare = channels - x.shape[1]
@@ -160,13 +194,10 @@ class _Convolution:
     def mix(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.function(x, weight[(..., *(None,) * self.axes)], bias)
 
-    def convolve(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1
-    ) -> Tensor:
-        layer, padding = self.layer, self.layer.padding
-        if layer.padding_mode != "zeros":
-            x = F.pad(x, layer._reversed_padding_repeated_twice, layer.padding_mode)
-            padding = 0
+    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        layer = self.layer
+        padding: Any = layer.padding if layer.padding_mode == "zeros" else 0
+        groups = x.shape[1] // weight.shape[1]
         return self.function(x, weight, bias, layer.stride, padding, layer.dilation, groups)
 
     def split(self, x: Tensor, groups: int, turned: bool = False) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperize.factorized import expand
 from hyperize.planning import Plan
 
 __all__ = ["HyperNet"]
@@ -60,7 +61,7 @@ class HyperNet(nn.Module):
         self.lead = plan.lead
         self.recompute = plan.config.recompute
         self.factorized = plan.config.factorized
-        self._factorable = frozenset(
+        self.factorable = frozenset(
             site for site, p in enumerate(plan.sites) if plan.factorized_macs(p) is not None
         )
         self.channelwise = plan.config.channelwise
@@ -96,10 +97,6 @@ class HyperNet(nn.Module):
             noise = torch.randn(layer.weight.shape, generator=generator, device="cpu")
             layer.weight.copy_(noise / math.sqrt(layer.in_features))
             layer.bias.zero_()
-
-    def factorizes(self, site: int) -> bool:
-        """Whether a site's layer computes with the factors of its weight at present."""
-        return self.factorized and site in self._factorable
 
     def forward(
         self,
@@ -165,6 +162,11 @@ class HyperNet(nn.Module):
                     inner.view(folds, -1, *grid.shape[2:], inner.shape[-1]),  # (folds, w, *k, d+1)
                 )
             return tuple(factor.to(embedding.dtype) for factor in factors)
+
+    def expand(self, factors: tuple[Tensor, ...], site: int) -> Tensor:
+        """A site's weight, of the factors that `forward` has returned; equal but for rounding."""
+        with _no_autocast(factors[0].device.type):
+            return expand(factors, self.plan.sites[site].site.shape, self.trunk_axis)
 
     @torch.no_grad()
     def moments(

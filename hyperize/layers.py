@@ -46,7 +46,7 @@ class Generated(nn.Module):
     generated: tuple[str, ...]
     """Names of the generated parameters."""
 
-    _hypernet: nn.Module
+    _hypernet: Any  # a HyperNet, whose module comes after this one
     _site_index: dict[str, int]
     _plain: bool
 
@@ -61,8 +61,10 @@ class Generated(nn.Module):
         that running the region again ends there, and of them only the generator runs twice.
         Recurrent and attention layers save what they compute, and run twice as a whole.
         """
-        if self._plain and self._hypernet.factorizes(site := self._site_index["weight"]):
-            return self._multiply(site, *args, **kwargs)
+        if self._plain and self._hypernet.factorized:
+            site = self._site_index["weight"]
+            if site in self._hypernet.factorable:
+                return self._multiply(site, *args, **kwargs)
         if not (self._hypernet.recompute and torch.is_grad_enabled()):
             return self._forward(*args, **kwargs)
         draws = not isinstance(self, _WITHOUT_RANDOMNESS)

@@ -59,6 +59,11 @@ SLENDER = 0.85
 It makes tiles of 64 kernels in ResNet-20 and ResNet-56 on CIFAR-10. Of 8 to 128 kernels, about 64
 trained fastest from scratch, and fitted trained weights best, or nearly, by `fit_` with data.
 """
+BALANCE = 256
+"""Multiply-adds that take as long as writing a number to memory and reading it.
+
+About 200 on a CPU, for float32, and 500 on a GPU.
+"""
 FEW = 8
 """An embedding shorter than this is a sign that other tiles would serve the request better."""
 
@@ -234,8 +239,9 @@ class Plan:
         """Multiply-adds per position of the output, of computing with a weight's factors.
 
         The weight itself takes as many as it has elements. None where the layer computes with the
-        weight also if `HyperConfig.factorized`: where the factors take no fewer, where rows of the
-        weight end within tiles, in layers of other kinds, and in grouped convolutions.
+        weight also if `HyperConfig.factorized`: where the factors would take as long, with
+        `BALANCE` for each number between two products; where rows of the weight end within tiles;
+        and in other layers than `Site.plain` ones.
         """
         site, grid = planned.site, planned.grid
         if not site.plain:
@@ -245,12 +251,14 @@ class Plan:
         size = self.fan_in + 1  # with the bias
         if self.config.channelwise:
             macs = (rows + columns + (k if k > 1 else 0)) * size
+            between = size if k == 1 else 2 * size
         elif grid.blocks is None:
             return None
         else:
             parts, folds = grid.blocks
             macs = (parts * grid.width * k + grid.rows * grid.parts * folds) * size
-        return macs if macs < site.dense_params else None
+            between = parts * folds * size + (rows if folds > 1 else 0)
+        return macs if macs + BALANCE * between < site.dense_params else None
 
     def layers(self) -> dict[str, dict[str, int]]:
         """Layer path -> generated parameter -> the site's number."""
@@ -367,11 +375,16 @@ def kernel_name(shape: Sequence[int]) -> str:
     return "1" if math.prod(kernel) == 1 else "x".join(map(str, kernel))
 
 
+def _channels(shape: Sequence[int]) -> tuple[int, int]:
+    """Sizes of the axes 0 and 1; a vector is a matrix of one column."""
+    return shape[0], (shape[1] if len(shape) > 1 else 1)
+
+
 def make_grid(
     shape: Sequence[int], lead: int, head: Head, trunk_axis: int, channelwise: bool = False
 ) -> Grid:
     """Cuts a weight of the given shape into tiles of `lead` x `head.trail` channels."""
-    channels = [*shape[:2], 1][:2]  # a vector is a matrix of one column
+    channels = _channels(shape)
     rows, columns = channels[trunk_axis], channels[1 - trunk_axis]
     if channelwise:
         turned = (rows, columns, *shape[2:])
@@ -494,8 +507,12 @@ def _geometries(
         yield 1, tuple(Head(kernel, 1, elements) for kernel, elements in kernels.items())
         return
     weights = Counter[str]()
+    columns: dict[str, Counter[int]] = {kernel: Counter() for kernel in kernels}  # -> weights
     for shape, count in shapes.items():
         weights[kernel_name(shape)] += math.prod(shape) * count
+        columns[kernel_name(shape)][_channels(shape)[1 - config.trunk_axis]] += (
+            math.prod(shape) * count
+        )
     smallest, largest = TILE_WEIGHTS
     square = min(max(math.isqrt(weights.total()), smallest), largest)
     # (channels along the trunk axis, weights of a tile of each kernel size)
@@ -516,8 +533,16 @@ def _geometries(
             candidates.append((lead, dict.fromkeys(weights, size)))
     seen = set()
     for lead, tile_weights in candidates:
+        trails = {k: tile_weights[k] / (lead * n) for k, n in kernels.items()}
         heads = tuple(
-            Head(k, _power_of_two(tile_weights[k] / (lead * n)), n) for k, n in kernels.items()
+            Head(
+                k,
+                _lined_up(trail, columns[k])
+                if config.factorized and lead == 1
+                else _power_of_two(trail),
+                kernels[k],
+            )
+            for k, trail in trails.items()
         )
         if (lead, heads) not in seen:
             seen.add((lead, heads))
@@ -826,6 +851,21 @@ def _unreachable(best: _Choice, found: Found, config: HyperConfig) -> str:
         f"reachable range for these {sum(s.dense_params for s in found.sites):,} weights is 1 to "
         f"{best.ratio:,.2f} (at {at}); {advice}."
     )
+
+
+def _lined_up(trail: float, columns: Mapping[int, int]) -> int:
+    """The trail near a value whose tiles end with the rows of most weights.
+
+    Args:
+        trail: The value; not more than half of an octave away from it.
+        columns: Channels of a row -> number of weights that have such rows.
+    """
+    low = max(1, math.ceil(trail / math.sqrt(2)))
+    trails = np.arange(low, max(low, int(trail * math.sqrt(2))) + 1)
+    channels, weights = (np.array(side) for side in zip(*columns.items(), strict=True))
+    many, few = trails[:, None], channels[None]
+    ends = ((few % many == 0) | (many % few == 0)) @ weights
+    return int(min(trails[ends == ends.max()], key=lambda near: abs(math.log(near / trail))))
 
 
 def _power_of_two(value: float) -> int:

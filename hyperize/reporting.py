@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +74,11 @@ class Report:
         total_dense_params: Parameters of the whole dense model.
         dense_bytes: Bytes of its parameters and buffers, as in an uncompressed file.
         hyper_bytes: The same of the hyperized model.
-        generator_macs: Multiply-adds of generating every weight once, as each forward pass does.
+        generator_macs: Multiply-adds of generating weights, each once, as each forward pass does.
+        factorized_params: Weights that are not generated, as layers compute with their factors
+            (`HyperConfig.factorized`).
+        factorized_macs: Multiply-adds of that for one position in each of the layers; the weights
+            themselves would take `factorized_params`.
         order: How the sites were found.
         notes: Remarks.
         sources: The generated layers, of which `to_html` draws pictures.
@@ -88,6 +93,8 @@ class Report:
     dense_bytes: int
     hyper_bytes: int
     generator_macs: int
+    factorized_params: int
+    factorized_macs: int
     order: str
     notes: tuple[str, ...]
     sources: tuple[Source, ...] = field(default=(), compare=False, repr=False)
@@ -259,6 +266,12 @@ class Report:
             f"rewritten: {len(self.sites)}, {self.order}",
             f"generator: {self.generator_macs:,} multiply-adds per forward pass",
         ]
+        if self.factorized_params:
+            remarks.append(
+                f"factorized: {self.factorized_params:,} weights are not generated; their layers "
+                f"do {self.factorized_macs:,} multiply-adds per position, "
+                f"{self.factorized_macs / self.factorized_params:.2f} of the dense ones"
+            )
         weights: Counter[str] = Counter()
         names: dict[str, list[str]] = {}
         for skip in self.skipped:
@@ -298,6 +311,9 @@ def _of_plan(plan: Plan) -> Report:
         for planned, size in zip(plan.sites, itemsizes, strict=True)
     ) + sum(site.growth * site.itemsize for site in plan.dynamic)
     dynamic = (_dynamic_row(site, site.hyper_params) for site in plan.dynamic)
+    generator_macs, factorized_params, factorized_macs = _multiply_adds(
+        plan, plan.sites, plan.config.factorized
+    )
     return Report(
         model=plan.model,
         sites=(*(_row(planned, planned.hyper_params) for planned in plan.sites), *dynamic),
@@ -307,7 +323,9 @@ def _of_plan(plan: Plan) -> Report:
         total_dense_params=plan.total_params,
         dense_bytes=plan.total_bytes,
         hyper_bytes=plan.total_bytes + change + shared,
-        generator_macs=plan.generator_macs,
+        generator_macs=generator_macs,
+        factorized_params=factorized_params,
+        factorized_macs=factorized_macs,
         order=plan.order,
         notes=plan.notes,
     )
@@ -322,7 +340,7 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
     sources: list[Source] = []
     replaced: list[Skip] = []
     dense_bytes = tensor_bytes(model) - tensor_bytes(hypernet)
-    macs = 0
+    present: list[PlannedSite] = []
     for planned in plan.sites:
         site = planned.site
         layer = layers.get(site.path)
@@ -332,7 +350,7 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
         embedding = layer.get_parameter(site.param + EMBEDDING)
         rows.append(_row(planned, embedding.numel()))
         sources.append(Source(site.name, layer, site.param, site.shape))
-        macs += plan.macs_of(planned)
+        present.append(planned)
         dense_bytes += (site.dense_params - embedding.numel()) * embedding.element_size()
     for dynamic in plan.dynamic:
         module = modules.get(dynamic.path)
@@ -343,6 +361,9 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
         count = sum(p.numel() for p in params)
         rows.append(_dynamic_row(dynamic, count))
         dense_bytes += (dynamic.dense_params - count) * params[0].element_size()
+    generator_macs, factorized_params, factorized_macs = _multiply_adds(
+        plan, present, hypernet.factorized
+    )
     hypernet_params = sum(p.numel() for p in hypernet.parameters())
     hyper_params = hypernet_params + sum(row.hyper_params for row in rows)
     others = sum(p.numel() for p in model.parameters()) - hyper_params
@@ -355,11 +376,28 @@ def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
         total_dense_params=others + sum(row.dense_params for row in rows),
         dense_bytes=dense_bytes,
         hyper_bytes=tensor_bytes(model),
-        generator_macs=macs,
+        generator_macs=generator_macs,
+        factorized_params=factorized_params,
+        factorized_macs=factorized_macs,
         order=plan.order,
         notes=plan.notes,
         sources=tuple(sources),
     )
+
+
+def _multiply_adds(
+    plan: Plan, sites: Iterable[PlannedSite], factorized: bool
+) -> tuple[int, int, int]:
+    """The report's `generator_macs`, `factorized_params` and `factorized_macs`."""
+    generator = params = factors = 0
+    for planned in sites:
+        macs = plan.factorized_macs(planned) if factorized else None
+        if macs is None:
+            generator += plan.macs_of(planned)
+        else:
+            params += planned.site.dense_params
+            factors += macs
+    return generator, params, factors
 
 
 def _dynamic_row(site: DynamicSite, hyper_params: int) -> SiteRow:

@@ -8,7 +8,7 @@ regularisation, which acts on the GENERATED kernels and not on what generates th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -91,9 +91,9 @@ class GeneratedL2:
     """The sum of squares of the weights generated within `generated_l2`; call it for the value."""
 
     def __init__(self) -> None:
-        # (number of the hypernetwork, of the site) -> the weight, and whether the forward pass
-        # recorded a graph for it
-        self._weights: dict[tuple[int, int], tuple[Tensor, bool]] = {}
+        # (number of the hypernetwork, of the site) -> how to get the weight, and whether the
+        # forward pass recorded a graph for it
+        self._weights: dict[tuple[int, int], tuple[Callable[[], Tensor], bool]] = {}
 
     def __call__(self) -> Tensor:
         """The penalty, a scalar attached to the graph of the forward pass.
@@ -120,31 +120,41 @@ class GeneratedL2:
                 "Run the forward pass without no_grad(); checkpoint with use_reentrant=False."
             )
         squares = []
-        for weight, _ in self._weights.values():
+        for get, _ in self._weights.values():
+            weight = get()
             wide = torch.promote_types(weight.dtype, torch.float32)  # half's range is too small
             squares.append(weight.to(wide).square().sum())
         return torch.stack(squares).sum()
 
-    def _record(self, number: int, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _record(self, number: int, hypernet: HyperNet, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the hypernetwork.
 
         It only keeps references. Arithmetic here would be part of a checkpointed region, whose
         recomputation has to repeat it exactly.
         """
-        sites, weights = args[1], output
+        sites, outputs = args[1], output
         if not isinstance(sites, tuple):
-            sites, weights = (sites,), (output,)
-        for site, weight in zip(sites, weights, strict=True):
+            sites, outputs = (sites,), (output,)
+        for site, output in zip(sites, outputs, strict=True):
             # The newest replaces an older one: parameters may have changed in between
-            self._weights[number, site] = (weight, torch.is_grad_enabled())
+            get = partial(_weight, hypernet, site, output)
+            self._weights[number, site] = (get, torch.is_grad_enabled())
+
+
+def _weight(hypernet: HyperNet, site: int, output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The weight that the hypernetwork has put out, or put out the factors of."""
+    if isinstance(output, Tensor):
+        return output
+    return hypernet.expand(output, site)
 
 
 @contextmanager
 def generated_l2(hyper: nn.Module) -> Iterator[GeneratedL2]:
     """Keeps the weights that are generated inside the block, for an L2 penalty on them.
 
-    Nothing is generated twice: the penalty is of the very tensors that the forward pass used. It
-    works with modules used several times, under autocast, and with non-reentrant checkpointing.
+    Nothing is generated twice: the penalty is of the very tensors that the forward pass used. Where
+    layers compute with factors (`HyperConfig.factorized`), their weights are made for the penalty.
+    It works with modules used several times, under autocast, and with non-reentrant checkpointing.
 
         with generated_l2(hyper) as l2:
             loss = F.cross_entropy(hyper(images), labels)

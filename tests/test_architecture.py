@@ -13,7 +13,17 @@ import hyperize as package
 PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
-    *("config", "writing", "factorized", "layers", "recurrence", "dynamic", "sites", "planning", "hypernet"),
+    *(
+        "config",
+        "writing",
+        "factorized",
+        "layers",
+        "recurrence",
+        "dynamic",
+        "sites",
+        "planning",
+        "hypernet",
+    ),
     *("rewrite", "drawing", "page", "reporting", "files", "export", "training"),
     *("distributed", "fitting", "cli"),
 ]
