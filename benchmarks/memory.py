@@ -24,8 +24,13 @@ from hyperize import hyperize
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("conv2d", "linear")
-KINDS = ("dense", "hyper", "recompute")
-"""The dense model, the hyperized one, and that with `recompute=True`."""
+KINDS: dict[str, dict[str, bool]] = {
+    "dense": {},
+    "hyper": {},
+    "recompute": {"recompute": True},
+    "factorized": {"factorized": True},
+}
+"""The dense model, and the hyperized one with these options."""
 
 
 def rows(quick: bool) -> Iterator[Row]:
@@ -45,8 +50,8 @@ def _of_model(model: str, pixels: int, batch: int, repeats: int) -> Iterator[Row
     dense = measured["dense"]
     large = dense[0]["targets"] >= 100e6
     work = f"{model}, {pixels} px, batch {batch}"
-    for kind in KINDS[1:]:
-        title = work if kind == "hyper" else f"{work}, recompute"
+    for kind in list(KINDS)[1:]:
+        title = work if kind == "hyper" else f"{work}, {kind}"
         hyper = measured[kind]
 
         peaks, owns = (
@@ -89,8 +94,7 @@ def measure(kind: str, model: str, pixels: int, batch: int) -> dict[str, int]:
     targets = sum(m.weight.numel() for m in network.modules() if isinstance(m, layers))
     if kind != "dense":
         # In place, so that each dense weight goes when its embedding is there
-        recompute = kind == "recompute"
-        network = hyperize(network, inplace=True, targets=TARGETS, recompute=recompute, seed=0)
+        network = hyperize(network, inplace=True, targets=TARGETS, seed=0, **KINDS[kind])
         _trim()
     images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(1000, (batch,))
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)

@@ -11,13 +11,14 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from benchmarks.generation import generators
-from benchmarks.running import CLASSES, training_step
+from benchmarks.running import CLASSES, FORMS, training_step
 from benchmarks.timing import FULL, QUICK, Effort, Row, alternate
 from hyperize import Plan, hyperize, make_plan
 
@@ -89,12 +90,14 @@ def _generating(name: str, dense: nn.Module, make: Make, effort: Effort, batch: 
     )
 
 
-def _training(name: str, dense: nn.Module, make: Make, effort: Effort, batch: int) -> Row:
+def _training(
+    name: str, dense: nn.Module, make: Make, effort: Effort, batch: int, form: str = ""
+) -> Row:
     made = make(copy.deepcopy(dense), make_plan(dense))
     if made.network is None:
         raise Cannot("it has no way to put generated weights into a model that is not its own")
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(CLASSES, (batch,))
-    networks = (hyperize(dense, seed=0).train(), made.network.train())
+    networks = (hyperize(dense, seed=0, **FORMS[form]).train(), made.network.train())
     note = f"32 px, batch {batch}"
     return alternate(name, *(training_step(n, images, labels) for n in networks), effort, note=note)
 
@@ -103,6 +106,8 @@ WORKS = {
     "making": _making,
     "generating the weights of": _generating,
     "training step of": _training,
+    "training step, factorized, of": partial(_training, form="factorized"),
+    "training step, factorized channels, of": partial(_training, form="factorized channels"),
 }
 """What each peer is asked for."""
 

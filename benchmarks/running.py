@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -15,6 +16,13 @@ from benchmarks.timing import FULL, QUICK, Row, alternate
 from hyperize import HyperLSTM, hyperize, to_dense
 
 CLASSES = 1000
+FORMS = {
+    "": {},
+    "factorized": {"factorized": True},
+    "factorized channels": {"factorized": True, "embeddings": "channel"},
+}
+"""Options of `hyperize` by what a row calls them."""
+TILES, BOTH, ALL = ("",), ("", "factorized"), tuple(FORMS)
 NO_COMPILER = "not measured: torch.compile needs a C++ compiler"
 
 
@@ -40,19 +48,28 @@ class Case:
         size: Side of the square images, or length of the sequences.
         batch: Images or sequences.
         target: What the ratio should be, at most; None for no target.
+        forms: What is compared with the dense model, each in a row of its own.
         compiled: Whether both models are compiled.
+        linear: Whether linear layers are targets, too.
     """
 
     model: str
     size: int
     batch: int
     target: float | None = None
+    forms: tuple[str, ...] = BOTH
     compiled: bool = False
+    linear: bool = False
 
     def __str__(self) -> str:
         size = f"T {self.size}" if self.model == "BiLSTM" else f"{self.size} px"
         how = ", compiled" if self.compiled else ""
         return f"{self.model}, {size}, batch {self.batch}{how}"
+
+    def hyperize(self, dense: nn.Module, form: str) -> nn.Module:
+        """The hyperized model in one of the forms."""
+        options: dict[str, Any] = {"targets": ("conv2d", "linear")} if self.linear else {}
+        return hyperize(dense, seed=0, **options, **FORMS[form])
 
     def make(self) -> tuple[nn.Module, Tensor]:
         """The dense model and a batch of noise."""
@@ -63,70 +80,82 @@ class Case:
 
 
 TRAINING = (
-    Case("resnet50", 224, 32, 1.05),
-    Case("resnet50", 224, 8, 1.15),
-    Case("resnet18", 32, 128, 1.10),
+    Case("resnet50", 224, 32, 1.05, ALL),
+    Case("resnet50", 224, 8, 1.15, ALL),
+    Case("resnet18", 32, 128, 1.10, ALL),
     Case("resnet18", 224, 1),
     Case("mobilenetv3_large_100", 224, 16),
-    Case("convnext_tiny", 224, 8),
+    Case("convnext_tiny", 224, 8, linear=True, forms=ALL),
     Case("efficientnet_b0", 224, 8),
-    Case("BiLSTM", 100, 1),
-    Case("BiLSTM", 100, 64),
+    Case("vit_small_patch16_224", 224, 8, linear=True, forms=ALL),
+    Case("BiLSTM", 100, 1, forms=TILES),
+    Case("BiLSTM", 100, 64, forms=TILES),
     Case("resnet18", 32, 128, compiled=True),
 )
 INFERENCE = (
-    Case("resnet50", 224, 1, 1.5),
-    Case("resnet50", 224, 16),
+    Case("resnet50", 224, 1, 1.5, ALL),
+    Case("resnet50", 224, 16, forms=ALL),
     Case("resnet18", 224, 1),
     Case("resnet18", 32, 64),
     Case("mobilenetv3_large_100", 224, 1),
-    Case("convnext_tiny", 224, 1),
+    Case("convnext_tiny", 224, 1, linear=True, forms=ALL),
     Case("efficientnet_b0", 224, 1),
-    Case("BiLSTM", 100, 1),
-    Case("BiLSTM", 100, 64),
+    Case("vit_small_patch16_224", 224, 1, linear=True, forms=ALL),
+    Case("BiLSTM", 100, 1, forms=TILES),
+    Case("BiLSTM", 100, 64, forms=TILES),
     Case("resnet18", 224, 1, compiled=True),
 )
 SMALL = (
     Case("resnet10t", 32, 2),
-    Case("BiLSTM", 10, 2),
+    Case("BiLSTM", 10, 2, forms=TILES),
     Case("resnet10t", 32, 2, compiled=True),
 )
 """With `--quick`."""
 
 
 def training(quick: bool) -> Iterator[Row]:
-    effort = QUICK if quick else FULL
     for case in SMALL if quick else TRAINING:
-        name = f"training step, {case} / dense"
-        if case.compiled and not _can_compile(quick):
-            yield Row(name, note=NO_COMPILER)
-            continue
         dense, inputs = case.make()
         labels = torch.randint(CLASSES, (case.batch,))
-        hyper = hyperize(dense, seed=0)
-        runs = [
-            training_step(_as_asked(m.train(), case, quick), inputs, labels) for m in (hyper, dense)
-        ]
-        yield alternate(name, *runs, effort, target=case.target)
+        yield from _rows(
+            "training step",
+            case,
+            dense.train(),
+            lambda network, x=inputs, y=labels: training_step(network, x, y),
+            quick,
+        )
 
 
 def inference(quick: bool) -> Iterator[Row]:
-    effort = QUICK if quick else FULL
     cases = SMALL if quick else INFERENCE
     for case in cases:
-        name = f"inference, {case} / dense"
-        if case.compiled and not _can_compile(quick):
-            yield Row(name, note=NO_COMPILER)
-            continue
         dense, inputs = case.make()
-        hyper = hyperize(dense, seed=0)
-        runs = [forward(_as_asked(m.eval(), case, quick), inputs) for m in (hyper, dense)]
-        yield alternate(name, *runs, effort, target=case.target)
+        yield from _rows(
+            "inference", case, dense.eval(), lambda network, x=inputs: forward(network, x), quick
+        )
     dense, inputs = cases[0].make()
     exported = to_dense(hyperize(dense, seed=0))
     runs = [forward(m.eval(), inputs) for m in (exported, dense)]
     name = f"inference after to_dense, {cases[0]} / dense"
-    yield alternate(name, *runs, effort, target=1.0)
+    yield alternate(name, *runs, QUICK if quick else FULL, target=1.0)
+
+
+def _rows(
+    work: str,
+    case: Case,
+    dense: nn.Module,
+    runner: Callable[[nn.Module], Callable[[], None]],
+    quick: bool,
+) -> Iterator[Row]:
+    """One row for each form of a case."""
+    for form in case.forms:
+        name = f"{work}, {case}{', ' * bool(form)}{form} / dense"
+        if case.compiled and not _can_compile(quick):
+            yield Row(name, note=NO_COMPILER)
+            continue
+        networks = (case.hyperize(dense, form), dense)
+        runs = [runner(_compile(n, quick) if case.compiled else n) for n in networks]
+        yield alternate(name, *runs, QUICK if quick else FULL, target=case.target)
 
 
 def hyperlstm(quick: bool) -> Iterator[Row]:
@@ -179,10 +208,6 @@ def forward(network: nn.Module, inputs: Tensor) -> Callable[[], None]:
         network(inputs)
 
     return run
-
-
-def _as_asked(network: nn.Module, case: Case, quick: bool) -> nn.Module:
-    return _compile(network, quick) if case.compiled else network
 
 
 def _can_compile(quick: bool) -> bool:

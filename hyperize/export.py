@@ -38,7 +38,8 @@ def as_graph(hyper: nn.Module, *, hoist: bool = False) -> fx.GraphModule:
 
     A derived view for reading and for compilers. It shares all tensors with `hyper`, has its
     state-dict keys and outputs, and has the training mode that `hyper` has now, where the model's
-    own Python code looks at it.
+    own Python code looks at it. Its layers compute with weights, also where those of `hyper` do
+    with factors (`HyperConfig.factorized`).
 
     Args:
         hyper: A hyperized model that torch.fx can trace; not changed.

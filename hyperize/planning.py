@@ -321,6 +321,13 @@ class Plan:
             f"{self.embedding_params:,} parameters",
         ]
         lines += generator if self.sites else []
+        if self.config.factorized and self.sites:
+            macs = {p.site: n for p in self.sites if (n := self.factorized_macs(p)) is not None}
+            weights = sum(site.dense_params for site in macs)
+            lines.append(
+                f"factors {len(macs)} weights are not generated: {sum(macs.values()):,} "
+                f"multiply-adds per position instead of {weights:,}"
+            )
         lines += [
             f"dynamic {site.path or 'the model'}: {site.kind}, {site.dense_params:,} -> "
             f"{site.hyper_params:,} parameters"
@@ -365,8 +372,15 @@ def make_plan(model: nn.Module, config: HyperConfig | None = None, **overrides: 
     if not found.sites:
         return replace(_dynamic_plan(found, config), model=type(model).__name__)
     shapes = Counter(site.shape for site in found.sites)
-    choice = _search(shapes, found, config)
-    return replace(_plan(found, config, choice), model=type(model).__name__)
+    plan = _plan(found, config, _search(shapes, found, config))
+    notes = plan.notes
+    if config.factorized and all(plan.factorized_macs(p) is None for p in plan.sites):
+        notes = (
+            *notes,
+            "factorized changes nothing: no layer is faster with the factors of its weight, as all "
+            "are small, grouped or of other kinds, or tiles end within rows",
+        )
+    return replace(plan, model=type(model).__name__, notes=notes)
 
 
 def kernel_name(shape: Sequence[int]) -> str:

@@ -361,6 +361,16 @@ def test_tiles_that_are_given_stay():
     assert not any(map(plan.factorized_macs, plan.sites))  # rows end within tiles
 
 
+def test_a_plan_says_if_no_layer_gains():
+    small = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 16, 3))
+    for factorized, notes in ((False, 0), (True, 1)):
+        plan = make_plan(small, compression=2, factorized=factorized)
+        assert sum("factorized changes nothing" in note for note in plan.notes) == notes
+    plan = make_plan(timm.create_model("resnet18"), factorized=True)
+    assert not plan.notes
+    assert "factors 9 weights are not generated" in str(plan)
+
+
 def test_older_plans_have_no_plain_layers():
     plan = make_plan(timm.create_model("resnet18"), factorized=True)
     data = plan.to_dict()
