@@ -18,11 +18,11 @@ import math
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperize.factorized import expand
 from hyperize.planning import Plan
+from hyperize.products import linear
 
 __all__ = ["HyperNet"]
 
@@ -128,13 +128,13 @@ class HyperNet(nn.Module):
                 return self._generate(embedding, site)
         grid = self.plan.sites[site].grid
         with _no_autocast(embedding.device.type):
-            weight = F.linear(*self._factors(embedding, site))  # (rows * parts, width * k)
+            weight = linear(*self._factors(embedding, site))  # (rows * parts, width * k)
             # (rows, columns) -> shape; what folding or tiling padded is cut off
             if grid.parts > 1:
                 columns = math.prod(grid.shape[1:])
                 weight = weight.view(grid.rows, -1)[:, :columns].contiguous().view(grid.shape)
             else:
-                weight = weight.view(-1)[: math.prod(grid.shape)].view(grid.shape)
+                weight = _first(weight.view(-1), math.prod(grid.shape)).view(grid.shape)
             if self.trunk_axis == 1:
                 weight = weight.transpose(0, 1).contiguous()
             return _like_a_parameter(weight.to(embedding.dtype), embedding.requires_grad)
@@ -204,7 +204,7 @@ class HyperNet(nn.Module):
         return mean, (square - mean.square()).sqrt()
 
     def _factors(self, embedding: Tensor, site: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What F.linear makes the scaled and shifted weight of, in its memory order.
+        """What `linear` makes the scaled and shifted weight of, in its memory order.
 
         Returns:
             The hidden layer, (rows * parts, d), weight (width * k, d) and bias (width * k,); d is
@@ -224,15 +224,15 @@ class HyperNet(nn.Module):
         # The scale enters where the numbers are few
         a = embedding * scale  # (tiles, Nz)
         if self.trunk is None:
-            return a, head.weight[:used], head.bias[:used] * scale + offset
+            return a, _first(head.weight, used), _first(head.bias, used) * scale + offset
         # (tiles, Nz) @ (Nz, lead * d)
-        a = F.linear(a, self.trunk.weight, self.trunk.bias * scale)
+        a = linear(a, self.trunk.weight, self.trunk.bias * scale)
         # Rearranging a, which is small, lets the last product write the weight in memory order:
         # (row tiles, parts, lead, d) -> (row tiles * lead, parts, d), less the spare rows
         a = a.view(-1, grid.parts, self.lead, self.fan_in).transpose(1, 2)
-        a = a.reshape(-1, grid.parts, self.fan_in)[: grid.rows]
+        a = _first(a.reshape(-1, grid.parts, self.fan_in), grid.rows)
         a = a.reshape(-1, self.fan_in)  # (rows * parts, d)
-        return a, head.weight[:used], head.bias[:used] * scale + offset
+        return a, _first(head.weight, used), _first(head.bias, used) * scale + offset
 
     def extra_repr(self) -> str:  # noqa: D102
         return (
@@ -248,6 +248,11 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if mean.square() < 0.5 * square:  # otherwise too little would be left of the difference
         return mean, (square - mean.square()).sqrt()
     return mean, torch.linalg.vector_norm(x - mean) / math.sqrt(size)
+
+
+def _first(x: Tensor, length: int) -> Tensor:
+    """`x[:length]`, whose backward pass fills and copies, also where nothing is cut off."""
+    return x if len(x) == length else x[:length]
 
 
 def _and(x: Tensor, column: Tensor) -> Tensor:

@@ -19,18 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperize.products import by_onednn, product, takes_onednn
+
 __all__: list[str] = []
 
 _sigmoid_backward = torch.ops.aten.sigmoid_backward
 _tanh_backward = torch.ops.aten.tanh_backward
-
-_ONEDNN = (
-    torch.backends.mkldnn.is_available()
-    and torch.backends.mkl.is_available()  # elsewhere oneDNN was not measured
-    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-)
-"""Whether torch.mm is MKL's and this torch has the private operators for products by oneDNN."""
 
 EPS = 1e-3
 """Of every layer norm, as in the author's code."""
@@ -95,35 +89,12 @@ def _tape_shapes(z: _Sizes, save: bool) -> list[tuple[int, ...]]:
     ]
 
 
-def _takes_onednn(a: Tensor) -> bool:
-    """Whether a's products are oneDNN's, as nn.LSTM's are, instead of torch.mm's, which are MKL's.
-
-    On AMD's processors MKL takes 1.2 times as long with AVX2, and 2.4 times as long with AVX512.
-    """
-    fits = a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() > 0
-    return _ONEDNN and fits and bool(torch.backends.mkldnn.enabled)
-
-
-def _linear(a: Tensor, w: Tensor) -> Tensor:
-    """Gives a @ w.T, by oneDNN."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
-    return product
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Gives a @ b."""
-    if _takes_onednn(a):
-        # With gaps between b's rows it takes a hundred times as long
-        return _linear(a, b.contiguous().t())
-    return torch.mm(a, b)
-
-
 class _Factor:
     """A matrix w that each step multiplies with, laid out for it once: x -> x @ w.T."""
 
     def __init__(self, w: Tensor, z: _Sizes) -> None:
         long = z.steps >= _LONG
-        self.onednn = z.batch > 0 and _takes_onednn(w)
+        self.onednn = z.batch > 0 and takes_onednn(w)
         if self.onednn:
             w = w.contiguous()
             self.w = torch.ops.mkldnn._reorder_linear_weight(w, z.batch) if long else w
@@ -131,7 +102,7 @@ class _Factor:
             self.w = w.t().contiguous() if long else w.t()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _linear(x, self.w) if self.onednn else torch.mm(x, self.w)
+        return by_onednn(x, self.w) if self.onednn else torch.mm(x, self.w)
 
 
 def _normalise(x: Tensor, out: Tensor, rstd: Tensor) -> Tensor:
@@ -177,8 +148,8 @@ def hyper_lstm(
     w_ih, w_hh, bias, u_ih, u_hh, u_bias, u_gain, u_shift, v, v_bias, scale, gain, shift = weights
     flat = x.reshape(steps * n, z.input)  # (T, N, input) -> (T * N, input)
     # (T * N, 4 H) -> (T, N, 4 H), and with K
-    xs = _product(flat, w_ih.t()).view(steps, n, 4 * h)
-    u_xs = _product(flat, u_ih[:, h:].t()).view(steps, n, 4 * k)
+    xs = product(flat, w_ih.t()).view(steps, n, 4 * h)
+    u_xs = product(flat, u_ih[:, h:].t()).view(steps, n, 4 * k)
     if z.bias:
         u_xs += u_bias
     tape = [xs, *(x.new_empty(shape) for shape in _tape_shapes(z, save)[1:])]
@@ -365,14 +336,14 @@ def _hyper_lstm_backward(
         past, now = s[start:end].flatten(0, 1), s[start + 1 : end + 1].flatten(0, 1)
         inputs = x[start:end].flatten(0, 1)
         if needs_x:
-            d_inputs = _product(d_x_, w_ih).add_(_product(d_a, u_ih[:, h:]))
+            d_inputs = product(d_x_, w_ih).add_(product(d_a, u_ih[:, h:]))
             # (chunk * N, input) -> (chunk, N, input)
             d_x[start:end] = d_inputs.view(m, n, x.shape[2])
-        d_w_ih += _product(inputs.t(), d_x_)
-        d_w_hh += _product(past[:, :h].t(), d_h)
-        d_u_w += _product(past.t(), d_a)
-        d_weights[3][:, h:] += _product(d_a.t(), inputs)
-        d_weights[8] += _product(d_z.t(), now[:, h:])
+        d_w_ih += product(inputs.t(), d_x_)
+        d_w_hh += product(past[:, :h].t(), d_h)
+        d_u_w += product(past.t(), d_a)
+        d_weights[3][:, h:] += product(d_a.t(), inputs)
+        d_weights[8] += product(d_z.t(), now[:, h:])
         d_weights[9] += d_z[:, : v_bias.shape[0]].sum(0)
         # (chunk, N, P * 4 * E) -> (P * 4, chunk * N, E)
         embeddings = zs[start:end].view(rows, parts, e).transpose(0, 1)

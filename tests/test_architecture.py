@@ -13,19 +13,9 @@ import hyperize as package
 PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
-    *(
-        "config",
-        "writing",
-        "factorized",
-        "layers",
-        "recurrence",
-        "dynamic",
-        "sites",
-        "planning",
-        "hypernet",
-    ),
-    *("rewrite", "drawing", "page", "reporting", "files", "export", "training"),
-    *("distributed", "fitting", "cli"),
+    *("config", "writing", "products", "factorized", "layers", "recurrence", "dynamic", "sites"),
+    *("planning", "hypernet", "rewrite", "drawing", "page", "reporting", "files", "export"),
+    *("training", "distributed", "fitting", "cli"),
 ]
 """Each module imports only from modules before it."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

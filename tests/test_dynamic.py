@@ -25,7 +25,7 @@ from hyperize import (
     hyperize,
     load,
     make_plan,
-    recurrence,
+    products,
     report,
     save,
     to_dense,
@@ -211,8 +211,8 @@ def test_products_of_onednn_are_those_of_torch(flags, steps, monkeypatch):
     x = torch.randn(BATCH, steps, SIZE).transpose(0, 1).requires_grad_()
     states = states_of(module, dtype=torch.float32)
     inputs, runs = [x, *states, *module.parameters()], []
-    for use in (recurrence._ONEDNN, False):
-        monkeypatch.setattr(recurrence, "_ONEDNN", use)
+    for use in (products._ONEDNN, False):
+        monkeypatch.setattr(products, "_ONEDNN", use)
         torch.manual_seed(1)  # of the dropout
         output, after = module(x, tuple(states))
         loss = sum((t * t.detach().cos()).sum() for t in (output, *after))
@@ -222,7 +222,7 @@ def test_products_of_onednn_are_those_of_torch(flags, steps, monkeypatch):
         assert (a - b).abs().max() < SINGLE_TOLERANCE * max(1, b.abs().max())
 
 
-@pytest.mark.skipif(not recurrence._ONEDNN, reason="a torch without oneDNN")
+@pytest.mark.skipif(not products._ONEDNN, reason="a torch without oneDNN")
 @pytest.mark.filterwarnings("ignore:TF32")  # from setting the flag
 @pytest.mark.parametrize("enabled", [True, False])
 def test_onednn_is_asked_unless_it_is_disabled(enabled):
