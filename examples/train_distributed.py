@@ -107,6 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     flag("--data-dir", "folder of the images", type=Path, required=True)
     flag("--model", "a model of timm", default="resnet18")
     flag("--compression", "weights per generating parameter", type=float, default=4.0, metavar="X")
+    flag("--factorized", "compute with factors of weights where faster", action="store_true")
     flag("--img-size", "side of the images, if not the model's own", type=positive, metavar="N")
     flag("--epochs", "passes over the data", type=positive, default=20, metavar="N")
     flag("--batch-size", "images per step and process", type=positive, default=128, metavar="N")
@@ -149,7 +150,7 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
         model = timm.create_model(args.model, num_classes=classes)
     except RuntimeError as error:
         raise ValueError(f"--model {args.model}: {error}") from error
-    return hyperize(model, compression=args.compression, seed=args.seed)
+    return hyperize(model, compression=args.compression, factorized=args.factorized, seed=args.seed)
 
 
 def make_loader(data: Dataset, args: argparse.Namespace, order: Order | None = None) -> DataLoader:

@@ -91,6 +91,11 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
         metavar="X",
         help="weights per generating parameter (default: %(default)s)",
     )
+    flag(
+        "--factorized",
+        action="store_true",
+        help="let the hyper twin compute with the factors of its weights where that is faster",
+    )
     flag("--batch-size", type=int, metavar="N", help="images per step (default: %(default)s)")
     flag("--lr", type=float, help="peak of the learning rate (default: %(default)s)")
     flag("--hyper-lr", type=float, metavar="LR", help="peak for the hyper twin, if not --lr")
@@ -145,7 +150,9 @@ def compare(
     if args.out:  # found wanting now rather than after the training
         args.out.parent.mkdir(parents=True, exist_ok=True)
     dense = dense.to(args.device).train()
-    hyper = hyperize(dense, compression=args.compression, seed=args.seed)
+    hyper = hyperize(
+        dense, compression=args.compression, factorized=args.factorized, seed=args.seed
+    )
     print(report(hyper), end="\n\n")
     twins = (
         make_twin("dense", dense, args.lr, args.weight_decay, steps),

@@ -67,7 +67,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        to_x, to_weight, _ = ctx.needs_input_grad
+        # What is not saved may be changed in place before the backward pass
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
         return by_onednn(x.contiguous(), weight.contiguous(), bias)
 
     @staticmethod
@@ -85,7 +87,8 @@ class _Linear(torch.autograd.Function):
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
+        to_a, to_b = ctx.needs_input_grad
+        ctx.save_for_backward(a if to_b else None, b if to_a else None)
         return product(a if a.t().is_contiguous() else a.contiguous(), b)
 
     @staticmethod

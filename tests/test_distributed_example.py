@@ -222,6 +222,18 @@ def test_half_precision_and_workers(script, flags, tmp_path):
     assert curves["amp"] == pytest.approx(curves["plain"], rel=0.2)
 
 
+def test_factors_of_weights_make_the_same_curve(script, flags, tmp_path):
+    flags += ["--model", "resnet10t", "--epochs", "1"]
+    for name, more in {"weights": (), "factors": ("--factorized",)}.items():
+        forget()
+        script.main([*flags, *more, "--output", str(tmp_path / name)])
+    assert losses(tmp_path / "weights") != losses(tmp_path / "factors")
+    first, second = (losses(tmp_path / name) for name in ("weights", "factors"))
+    assert second == pytest.approx(first, rel=ANOTHER_SUM)
+    plain = timm.create_model("resnet10t", num_classes=3)
+    assert hyperize.load(plain, tmp_path / "factors" / "hyper.safetensors").hypernet.factorized
+
+
 def test_what_is_drawn(script, root):
     order = script.Order(20, seed=0)
     epochs = []

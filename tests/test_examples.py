@@ -162,6 +162,16 @@ def test_train_cifar_with_a_timm_model(example, cifar, capsys):
     flags = ["--data-dir", str(cifar), "--batch-size", "4", "--steps", "1", "--model", "resnet10t"]
     dense, hyper = example("train_cifar").main([*flags, "--compression", "20"])
     assert hyper.params < dense.params / 10
+    assert "factorized" not in capsys.readouterr().out
+
+
+def test_train_cifar_with_factors(example, cifar, tmp_path, capsys):
+    flags = ["--data-dir", str(cifar), "--batch-size", "4", "--steps", "1", "--model", "resnet10t"]
+    out = tmp_path / "hyper.safetensors"
+    example("train_cifar").main([*flags, "--factorized", "--out", str(out)])
+    assert "weights are not generated" in capsys.readouterr().out
+    loaded = hyperize.load(timm.create_model("resnet10t", num_classes=3), out)
+    assert loaded.hypernet.factorized
 
 
 def test_train_cifar_keeps_the_decoded_images(example, cifar, monkeypatch):

@@ -77,6 +77,20 @@ def test_only_the_gradients_that_are_asked_for_are_computed(wanted, operands, ca
 
 
 @needs_onednn
+def test_what_no_gradient_needs_may_change_in_place(operands):
+    x, weight, bias = operands
+    y = products.linear(x, weight.detach(), bias)
+    wanted = torch.autograd.grad(F.linear(*operands).sum(), x)[0]
+    with torch.no_grad():
+        x.zero_()
+    assert error(torch.autograd.grad(y.sum(), x)[0], wanted) < SINGLE
+    y = products.linear(x.detach(), weight, bias)
+    with torch.no_grad():
+        weight.zero_()
+    assert not torch.autograd.grad(y.sum(), weight)[0].any()  # x is zero now
+
+
+@needs_onednn
 def test_derivatives_of_derivatives(operands, calls):
     def derivatives(linear):
         squares = linear(*operands).square().sum()
