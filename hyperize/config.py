@@ -76,9 +76,10 @@ class HyperConfig:
             attribute `hypernet.recompute` of the model.
         factorized: Compute with the factors of a weight in the place of the weight, wherever this
             takes fewer multiply-adds: in nn.Linear and in nn.Conv1d to nn.Conv3d without groups.
-            Such layers are faster than dense ones, and no weight is generated; outputs differ from
-            those of `to_dense` by rounding. The planner then prefers tiles that end with the rows
-            of many weights. Afterwards it is the attribute `hypernet.factorized` of the model.
+            No weight is generated there, and large layers are faster than dense ones; outputs
+            differ from those of `to_dense` by rounding. The planner then prefers tiles that end
+            with the rows of many weights. Afterwards it is the attribute `hypernet.factorized` of
+            the model.
         seed: Seed of the initial hypernetwork and embeddings. `None` takes it from the state of
             torch's global generator, which is read and not advanced.
 

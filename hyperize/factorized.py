@@ -20,7 +20,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 __all__: list[str] = []
 
-_CONVOLUTIONS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -61,7 +61,7 @@ def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int
     if isinstance(layer, nn.Linear):
         form = _Linear(layer)
     else:
-        assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        assert isinstance(layer, _CONVOLUTIONS)
         form = _Convolution(layer)
     compute = _through_channels if len(factors) == 3 else (_filters_first, _mixture_first)[axis]
     y = compute(form, form.prepare(x), *factors)
