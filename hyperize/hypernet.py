@@ -278,7 +278,7 @@ def _like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:
     """A dense parameter keeps its dtype under autocast, and so does a generated one."""
-    # Compilers of older torch versions do not know the question, and all that they compile for has it
+    # Compilers of older torch versions cannot ask, and what they compile for has autocast
     if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()  # the meta device has no autocast
