@@ -508,6 +508,17 @@ def test_half_precision(dtype, everywhere):
     assert 0 < whole_factors < 2 * whole
 
 
+def test_the_penalty_is_exact_under_autocast(everywhere):
+    weights, model, x = pair("resnet", torch.float)
+    values = []
+    for each in (weights, model):
+        with torch.autocast("cpu", torch.bfloat16), generated_l2(each) as l2:
+            each(x)
+            values.append(l2())
+    assert values[1].dtype == torch.float32
+    assert error(values[1], values[0]) < SINGLE
+
+
 def test_the_report_says_what_is_not_generated():
     model = timm.create_model("resnet18")
     plan = make_plan(model, factorized=True)
