@@ -516,7 +516,8 @@ def test_the_penalty_is_exact_under_autocast(everywhere):
             each(x)
             values.append(l2())
     assert values[1].dtype == torch.float32
-    assert error(values[1], values[0]) < SINGLE
+    # Roundings to bfloat16 nearly cancel in the sum: 7e-6 was measured
+    assert error(values[1], values[0]) < 0.1 * SINGLE
 
 
 def test_the_report_says_what_is_not_generated():
