@@ -367,6 +367,12 @@ def _parser() -> argparse.ArgumentParser:
         choices=("tile", "channel"),
         help="what has an embedding of its own; default: tile, of fit: channel",
     )
+    group.add_argument(
+        "--factorized",
+        action="store_true",
+        default=None,
+        help="compute with the factors of weights where that is faster",
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of the initial hypernetwork")
 
     output = argparse.ArgumentParser(add_help=False)

@@ -61,6 +61,9 @@ def test_plan(capsys):
     assert main(["plan", "resnet18", "--compression", "20", "--embeddings", "channel"]) == 0
     text = capsys.readouterr().out
     assert "channel" in text
+    assert "weights are not generated" not in text
+    assert main(["plan", "resnet18", "--factorized"]) == 0
+    assert "factors 9 weights are not generated" in capsys.readouterr().out
     assert main(["plan", "resnet18", "--compression", "20", "--json"]) == 0
     plan = Plan.from_dict(json.loads(capsys.readouterr().out))
     with torch.device("meta"):
