@@ -7,6 +7,7 @@ gradient, and in evaluation mode, so that batches can be split.
 
 import copy
 import gc
+import os
 from datetime import timedelta
 from functools import partial
 from unittest.mock import patch
@@ -154,7 +155,10 @@ def _process(rank, world, folder, worker, args):
     timeout = timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", rendezvous, timeout, world_size=world, rank=rank)
     torch.save(worker(rank, *args), folder / f"{rank}.pt")
+    gc.collect()
     dist.destroy_process_group()
+    # Without the interpreter's end, in which a thread of torch's now and then aborts the process
+    os._exit(0)
 
 
 @pytest.fixture
