@@ -520,13 +520,12 @@ def _geometries(
     if config.channelwise:
         yield 1, tuple(Head(kernel, 1, elements) for kernel, elements in kernels.items())
         return
-    weights = Counter[str]()
-    columns: dict[str, Counter[int]] = {kernel: Counter() for kernel in kernels}  # -> weights
+    # kernel size -> channels of a row -> weights
+    columns: dict[str, Counter[int]] = {kernel: Counter() for kernel in kernels}
     for shape, count in shapes.items():
-        weights[kernel_name(shape)] += math.prod(shape) * count
-        columns[kernel_name(shape)][_channels(shape)[1 - config.trunk_axis]] += (
-            math.prod(shape) * count
-        )
+        row = _channels(shape)[1 - config.trunk_axis]
+        columns[kernel_name(shape)][row] += math.prod(shape) * count
+    weights = Counter({kernel: rows.total() for kernel, rows in columns.items()})
     smallest, largest = TILE_WEIGHTS
     square = min(max(math.isqrt(weights.total()), smallest), largest)
     # (channels along the trunk axis, weights of a tile of each kernel size)

@@ -8,7 +8,7 @@ regularisation, which acts on the GENERATED kernels and not on what generates th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -91,9 +91,9 @@ class GeneratedL2:
     """The sum of squares of the weights generated within `generated_l2`; call it for the value."""
 
     def __init__(self) -> None:
-        # (number of the hypernetwork, of the site) -> how to get the weight, and whether the
-        # forward pass recorded a graph for it
-        self._weights: dict[tuple[int, int], tuple[Callable[[], Tensor], bool]] = {}
+        # (number of the hypernetwork, of the site) -> the hypernetwork, what it has put out (the
+        # weight or its factors), and whether the forward pass recorded a graph for it
+        self._outputs: dict[tuple[int, int], tuple[HyperNet, Any, bool]] = {}
 
     def __call__(self) -> Tensor:
         """The penalty, a scalar attached to the graph of the forward pass.
@@ -108,20 +108,20 @@ class GeneratedL2:
             ModelError: No weight was generated, or it was without a graph, while gradients are
                 asked for now.
         """
-        if not self._weights:
+        if not self._outputs:
             raise ModelError(
                 "no weight was generated within generated_l2(), so there is nothing to sum. Run "
                 "the forward pass of the hyperized model inside the `with` block; a model that "
                 "torch.compile has compiled has to be called inside such a block from the first."
             )
-        if torch.is_grad_enabled() and not all(graph for _, graph in self._weights.values()):
+        if torch.is_grad_enabled() and not all(graph for *_, graph in self._outputs.values()):
             raise ModelError(
                 "a weight was generated without a graph, so its penalty would have no gradient. "
                 "Run the forward pass without no_grad(); checkpoint with use_reentrant=False."
             )
         squares = []
-        for get, _ in self._weights.values():
-            weight = get()
+        for (_, site), (hypernet, output, _) in self._outputs.items():
+            weight = output if isinstance(output, Tensor) else hypernet.expand(output, site)
             wide = torch.promote_types(weight.dtype, torch.float32)  # half's range is too small
             squares.append(weight.to(wide).square().sum())
         return torch.stack(squares).sum()
@@ -137,15 +137,7 @@ class GeneratedL2:
             sites, outputs = (sites,), (output,)
         for site, output in zip(sites, outputs, strict=True):
             # The newest replaces an older one: parameters may have changed in between
-            get = partial(_weight, hypernet, site, output)
-            self._weights[number, site] = (get, torch.is_grad_enabled())
-
-
-def _weight(hypernet: HyperNet, site: int, output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """The weight that the hypernetwork has put out, or put out the factors of."""
-    if isinstance(output, Tensor):
-        return output
-    return hypernet.expand(output, site)
+            self._outputs[number, site] = (hypernet, output, torch.is_grad_enabled())
 
 
 @contextmanager

@@ -283,8 +283,11 @@ def fsdp(rank):
         found[name, "gathers"] = gathers.count, groups(model)
 
     inputs, labels = half(rank)
-    for name, make in (("penalty", image_model), ("penalty, factorized", factorized)):
-        model = shard(make(), reshard_after_forward=True)
+    for name, make, options in (
+        ("penalty", image_model, {}),
+        ("penalty, factorized", factorized, {"reshard_after_forward": True}),
+    ):
+        model = shard(make(), **options)
         with generated_l2(model) as l2:
             loss = loss_of(model, inputs, labels)
         (loss + l2()).backward()
