@@ -7,16 +7,21 @@ from hyperize.config import (
     HyperConfig,
     HyperizeError,
     ModelError,
+    WeightError,
 )
 from hyperize.distributed import shard
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
-from hyperize.export import OnnxReport, as_graph, export_onnx
-from hyperize.files import FileReport, from_pretrained, load, load_timm, save, save_pretrained
+from hyperize.families import Family, register_family
+from hyperize.files import FileReport, load, save
 from hyperize.fitting import FitReport, SiteFit, fit_, fit_plan
+from hyperize.folders import from_pretrained, load_timm, save_pretrained
+from hyperize.graph import as_graph
 from hyperize.layers import LayerSpec, register_layer
-from hyperize.planning import Plan, make_plan
+from hyperize.onnx import OnnxReport, export_onnx
+from hyperize.plan import Plan
 from hyperize.reporting import Report, report
 from hyperize.rewrite import dense_state_dict, hyperize, to_dense
+from hyperize.search import make_plan
 from hyperize.training import generated_l2, param_groups
 
 __all__ = [
@@ -43,6 +48,8 @@ __all__ = [
     "SiteFit",
     "register_layer",
     "LayerSpec",
+    "register_family",
+    "Family",
     "HyperLSTM",
     "HyperLSTMCell",
     "HyperRNN",
@@ -55,6 +62,7 @@ __all__ = [
     "BudgetError",
     "ModelError",
     "FileError",
+    "WeightError",
 ]
 
 __version__ = "0.1.0"

@@ -8,7 +8,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
-__all__ = ["BudgetError", "ConfigError", "FileError", "HyperConfig", "HyperizeError", "ModelError"]
+__all__ = [
+    "BudgetError",
+    "ConfigError",
+    "FileError",
+    "HyperConfig",
+    "HyperizeError",
+    "ModelError",
+    "WeightError",
+]
+
+EMBEDDINGS = {"tile", "channel"}
+"""Values of `HyperConfig.embeddings`; `hyperize.families.register_family` adds to them."""
 
 Tile = tuple[int, int]
 """Channels of one tile along axis 0 and axis 1 of the weight; (out, in) for Conv2d and LSTM."""
@@ -32,6 +43,10 @@ class ModelError(HyperizeError, TypeError):
 
 class FileError(HyperizeError):
     """A file is not a readable hyperize checkpoint, or not one for the given model."""
+
+
+class WeightError(HyperizeError):
+    """Something tried to change a generated weight, which is made anew whenever it is read."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +107,7 @@ class HyperConfig:
     targets: tuple[str, ...] = ("conv2d", "lstm")
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    embeddings: Literal["tile", "channel"] = "tile"
+    embeddings: str = "tile"
     embedding_dim: int | None = None
     hidden_dim: int | None = None
     tile: Tile | tuple[tuple[str, Tile], ...] | Mapping[str, Tile] | None = None
@@ -130,9 +145,10 @@ class HyperConfig:
                 "tile: the trunk is shared by all kernel sizes, so every tile needs the same "
                 f"number of channels along trunk_axis={self.trunk_axis}, got {self.tile!r}."
             )
-        if self.embeddings not in ("tile", "channel"):
-            raise ConfigError(f'embeddings must be "tile" or "channel", got {self.embeddings!r}.')
-        if self.channelwise and (hidden or self.tile is not None):
+        if not isinstance(self.embeddings, str) or self.embeddings not in EMBEDDINGS:
+            names = " or ".join(f'"{name}"' for name in sorted(EMBEDDINGS, reverse=True))
+            raise ConfigError(f"embeddings must be {names}, got {self.embeddings!r}.")
+        if self.embeddings == "channel" and (hidden or self.tile is not None):
             raise ConfigError(
                 'embeddings="channel" has no hidden layer and no tiles to choose, got '
                 f"hidden_dim={hidden!r}, tile={self.tile!r}."
@@ -207,11 +223,6 @@ class HyperConfig:
         if tile is None or isinstance(next(iter(tile)), int):
             return {}
         return dict(tile)  # type: ignore[arg-type]
-
-    @property
-    def channelwise(self) -> bool:
-        """Whether channels have the embeddings, and not tiles."""
-        return self.embeddings == "channel"
 
     @property
     def leads(self) -> set[int]:

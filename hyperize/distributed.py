@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hyperize.config import ConfigError, ModelError
 from hyperize.hypernet import HyperNet
-from hyperize.rewrite import find_hypernet
+from hyperize.parts import find_groups
 
 __all__ = ["shard"]
 
@@ -58,13 +58,14 @@ def shard(hyper: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
     """
     from torch.distributed.fsdp import fully_shard
 
-    find_hypernet(hyper)
+    groups = find_groups(hyper)
+    shared = {id(p) for group in groups for p in group.hypernet.parameters()}
     _check_params(hyper, options.get("ignored_params") or ())
     if blocks is None:
-        blocks = [block for block in _elements(hyper) if not _misplaced(hyper, block)]
+        blocks = [block for block in _elements(hyper) if not _misplaced(hyper, block, shared)]
     else:
         blocks = list(blocks)
-        _check_blocks(hyper, blocks)
+        _check_blocks(hyper, blocks, shared)
     chosen = {id(block) for block in blocks}
     for module in reversed(list(hyper.modules())):  # inner blocks before those around them
         if id(module) in chosen:
@@ -99,7 +100,7 @@ def _check_params(hyper: nn.Module, ignored: Iterable[Tensor]) -> None:
         )
 
 
-def _check_blocks(hyper: nn.Module, blocks: list[nn.Module]) -> None:
+def _check_blocks(hyper: nn.Module, blocks: list[nn.Module], shared: set[int]) -> None:
     paths = {id(module): path for path, module in hyper.named_modules()}
     for block in blocks:
         if not isinstance(block, nn.Module) or not paths.get(id(block)):
@@ -108,18 +109,25 @@ def _check_blocks(hyper: nn.Module, blocks: list[nn.Module]) -> None:
                 f"{'the model itself' if block is hyper else 'none of them'}. The model is sharded "
                 "in any case, after its blocks; name blocks as model.layer1[0]."
             )
-        if reason := _misplaced(hyper, block):
+        if reason := _misplaced(hyper, block, shared):
             raise ConfigError(f"{paths[id(block)]} cannot be a block: it {reason}.")
 
 
-def _misplaced(hyper: nn.Module, block: nn.Module) -> str:
-    """Why a module cannot have a group of its own; empty if it can."""
+def _misplaced(hyper: nn.Module, block: nn.Module, shared: set[int]) -> str:
+    """Why a module cannot have a group of its own; empty if it can.
+
+    Args:
+        hyper: The whole model.
+        block: The module.
+        shared: The hypernetworks' parameters by id, which are in the model's own group.
+    """
     if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
         return "is a container that is never called itself; name its elements"
-    if any(isinstance(module, HyperNet) for module in block.modules()):
-        return "holds the hypernetwork, which has to be in the model's own group"
+    if isinstance(block, HyperNet):
+        return "is the hypernetwork, which has to be in the model's own group"
     rest = hyper.named_modules(memo={block})  # without what can be reached through the block only
     outside = {id(param) for _, module in rest for param in module._parameters.values()}
-    if shared := [name for name, param in block.named_parameters() if id(param) in outside]:
-        return f"shares {shared[0]} with a module outside of it; name one around both, or none"
+    own = ((name, id(p)) for name, p in block.named_parameters() if id(p) not in shared)
+    if tied := [name for name, number in own if number in outside]:
+        return f"shares {tied[0]} with a module outside of it; name one around both, or none"
     return ""

@@ -1,53 +1,75 @@
-"""The generator: embeddings in, weights out. It knows shapes, not modules.
+"""The generator: embeddings in, weights out. It knows its layers, and no sites.
 
-The two-layer linear hypernetwork of "HyperNetworks" (Ha, Dai, Le, arXiv 1609.09106, sec. 3.1 and
-eq. 4), with one trunk for all sites and one output layer per kernel size. It scales and shifts each
-site's weights by two constants, so that they start with the mean and the standard deviation of the
-weights they replace, as the main network's initialisation wants it (the aim of "hyperfan-in":
-Chang, Flokas, Lipson 2020, arXiv 2312.08399):
+The linear hypernetwork of "HyperNetworks" (Ha, Dai, Le, arXiv 1609.09106, sec. 3.1 and eq. 4), with
+one head per kernel size, in one of the forms of `hyperize.families`. Each weight is scaled and
+shifted by two constants that its layer holds, so that it starts with the mean and the standard
+deviation of the weight it replaces, as the main network's initialisation wants it (the aim of
+"hyperfan-in": Chang, Flokas, Lipson 2020, arXiv 2312.08399).
 
-    W = scale * (W_out (W_i z + B_i) + B_out) + offset
-
-Without a hidden layer W_i z + B_i is z itself. With embeddings of channels it is u_i * v_j, of a
-kernel's two channels, which makes each weight a CP decomposition.
+The hypernetwork is a submodule of every layer that it generates for, so that each part of a model
+owns what its weights depend on. It sees to it that a walk over several of these layers meets it
+once: in `named_modules`, and in the state dict, where it stands below the first of them.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from hyperize.factorized import expand
-from hyperize.planning import Plan
+from hyperize.families import Site
+from hyperize.plan import Plan
 from hyperize.products import linear
+from hyperize.tiling import Grid
 
 __all__ = ["HyperNet"]
-
 
 SAMPLED = 2**18
 """Random numbers that stand for all; the standard deviation is then right to 0.14 percent."""
 
 
+class Affine(nn.Module):
+    """Weight and bias of an affine map, which the hypernetwork applies.
+
+    It is not an nn.Linear, so that loops over a model's linear layers, to initialise, prune,
+    quantize or normalise them, do not take a part of the generator for a layer of the model.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, dtype: torch.dtype | None, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(n_out, n_in, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.empty(n_out, dtype=dtype, device=device))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
 class HyperNet(nn.Module):
     """The shared hypernetwork of a plan.
 
-    Shapes of its state, with the plan's lead, d, Nz, and trail and k of each head:
+    Shapes of its parameters, with the family's hidden size d, and trail and k of each head:
 
-    - `trunk.weight` (lead * d, Nz), `trunk.bias` (lead * d); none without a hidden layer
     - `heads.<kernel>.weight` (trail * k, d or Nz), `heads.<kernel>.bias` (trail * k)
-    - `scale`, `offset` (sites,): buffers, constants of each site
+    - with a hidden layer, `trunk.weight` (lead * d, Nz), `trunk.bias` (lead * d)
 
     Args:
-        plan: The sites' tiles and all sizes.
-        dtype: Of all parameters and buffers.
-        device: Of all parameters and buffers.
-    """
+        plan: Its sizes.
+        dtype: Of all parameters.
+        device: Of all parameters.
 
-    scale: Tensor
-    offset: Tensor
+    Attributes:
+        plan: The plan that it was made for.
+        recompute: As `HyperConfig.recompute`; may be set.
+        factorized: As `HyperConfig.factorized`; may be set.
+    """
 
     def __init__(
         self,
@@ -57,120 +79,97 @@ class HyperNet(nn.Module):
     ) -> None:
         super().__init__()
         self.plan = plan
-        self.trunk_axis = plan.config.trunk_axis
-        self.lead = plan.lead
-        self.recompute = plan.config.recompute
-        self.factorized = plan.config.factorized
-        self.factorable = frozenset(
-            site for site, p in enumerate(plan.sites) if plan.factorized_macs(p) is not None
-        )
-        self.channelwise = plan.config.channelwise
-        self.fan_in = plan.fan_in
-        self.embedding_dim = plan.embedding_dim
-        device = torch.get_default_device() if device is None else device
-
-        def empty(n_in: int, n_out: int) -> nn.Linear:
-            # Made on meta, as nn.Linear's own initialisation would draw from the global generator.
-            return nn.Linear(n_in, n_out, device="meta", dtype=dtype).to_empty(device=device)
-
-        sites = len(plan.sites)
-        self.trunk = (
-            empty(plan.embedding_dim, plan.lead * plan.hidden_dim) if plan.hidden_dim else None
-        )
+        self.family = plan.family
+        self.embedding_dim, self.fan_in = plan.embedding_dim, plan.fan_in
+        self.recompute, self.factorized = plan.config.recompute, plan.config.factorized
+        where = torch.get_default_device() if device is None else device
+        for name, (n_in, n_out) in plan.shared.items():
+            self.add_module(name, Affine(n_in, n_out, dtype, where))
         self.heads = nn.ModuleDict(
-            {head.kernel: empty(plan.fan_in, head.width) for head in plan.heads}
+            {head.kernel: Affine(self.fan_in, head.width, dtype, where) for head in plan.heads}
         )
-        self.register_buffer("scale", torch.ones(sites, dtype=dtype, device=device))
-        self.register_buffer("offset", torch.zeros(sites, dtype=dtype, device=device))
+
+    def head(self, kernel: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the head for a kernel size."""
+        layer = cast(Affine, self.heads[kernel])
+        return layer.weight, layer.bias
+
+    def layer(self, name: str) -> tuple[Tensor, Tensor]:
+        """Weight and bias of one of the family's shared layers."""
+        layer = cast(Affine, self._modules[name])
+        return layer.weight, layer.bias
 
     @torch.no_grad()
-    def reset_parameters(self, generator: torch.Generator) -> None:
+    def reset(self, generator: torch.Generator) -> None:
         """Draws the parameters so that embeddings of unit variance give weights of unit variance.
 
         Args:
             generator: A CPU generator; the draw is the same on every device.
         """
-        for layer in (self.trunk, *self.heads.values()):
-            if layer is None:
-                continue
-            assert isinstance(layer, nn.Linear)
-            noise = torch.randn(layer.weight.shape, generator=generator, device="cpu")
-            layer.weight.copy_(noise / math.sqrt(layer.in_features))
-            layer.bias.zero_()
+        for layer in self.modules():
+            if isinstance(layer, Affine):
+                noise = torch.randn(layer.weight.shape, generator=generator, device="cpu")
+                layer.weight.copy_(noise / math.sqrt(layer.weight.shape[1]))
+                layer.bias.zero_()
 
     def forward(
         self,
         embedding: Tensor | tuple[Tensor, ...],
-        site: int | tuple[int, ...],
+        constants: Tensor | tuple[Tensor, ...],
+        grid: Grid | tuple[Grid, ...],
         factors: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Generates a site's weight, or the weights of several sites in one call.
+        """Generates a weight, or several weights in one call.
 
         Args:
-            embedding: The site's embeddings, (tiles, Nz), or (rows + columns, Nz) of channels.
-            site: The site's number in the plan.
-            factors: Stop before the last product. Only for one of the sites that
-                `Plan.factorized_macs` has a number for.
+            embedding: The weight's embeddings, (tiles, Nz), or (rows + columns, Nz) of channels.
+            constants: The weight's scale and offset, (2,).
+            grid: How the weight is cut.
+            factors: Stop before the last product. Only where the family has such factors.
 
         Returns:
             The weight, contiguous, in the dense parameter's shape and the embedding's dtype; a
-            tuple of weights for tuples of embeddings and sites. Or the weight's factors, as
+            tuple of weights for tuples of arguments. Or the weight's factors, as
             `hyperize.factorized.multiply` takes them, in the embedding's dtype.
         """
-        if isinstance(site, tuple):
-            return tuple(self._generate(z, s) for z, s in zip(embedding, site, strict=True))
+        if not isinstance(grid, Grid):
+            return tuple(
+                self._generate(*site) for site in zip(embedding, constants, grid, strict=True)
+            )
         assert isinstance(embedding, Tensor)
-        return (self._factorize if factors else self._generate)(embedding, site)
+        assert isinstance(constants, Tensor)
+        return (self._factorize if factors else self._generate)(embedding, constants, grid)
 
-    def _generate(self, embedding: Tensor, site: int) -> Tensor:
+    def _generate(self, embedding: Tensor, constants: Tensor, grid: Grid) -> Tensor:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, as a parameter
-                return self._generate(embedding, site)
-        grid = self.plan.sites[site].grid
+                return self._generate(embedding, constants, grid)
         with _no_autocast(embedding.device.type):
-            weight = linear(*self._factors(embedding, site))  # (rows * parts, width * k)
-            # (rows, columns) -> shape; what folding or tiling padded is cut off
-            if grid.parts > 1:
-                columns = math.prod(grid.shape[1:])
-                weight = weight.view(grid.rows, -1)[:, :columns].contiguous().view(grid.shape)
-            else:
-                weight = _first(weight.view(-1), math.prod(grid.shape)).view(grid.shape)
-            if self.trunk_axis == 1:
-                weight = weight.transpose(0, 1).contiguous()
+            site = self._site(embedding, constants, grid)
+            weight = grid.join(linear(*self.family.factors(self, site)))
             return _like_a_parameter(weight.to(embedding.dtype), embedding.requires_grad)
 
-    def _factorize(self, embedding: Tensor, site: int) -> tuple[Tensor, ...]:
-        grid = self.plan.sites[site].grid
+    def _factorize(self, embedding: Tensor, constants: Tensor, grid: Grid) -> tuple[Tensor, ...]:
         with _no_autocast(embedding.device.type):
-            factors: tuple[Tensor, ...]
-            if self.channelwise:
-                head = self.heads[grid.kernel]
-                assert isinstance(head, nn.Linear)
-                z = embedding.to(head.weight.dtype)
-                scale, offset = self.scale[site], self.offset[site]
-                rows, columns = _and_one(z[: grid.rows] * scale), _and_one(z[grid.rows :])
-                kernel = _and(head.weight, head.bias * scale + offset)  # (k, Nz + 1)
-                kernel = kernel.view(*grid.shape[2:], -1)
-                factors = (columns, rows, kernel) if self.trunk_axis else (rows, columns, kernel)
-            else:
-                assert grid.blocks is not None
-                parts, folds = grid.blocks
-                outer, inner, bias = self._factors(embedding, site)
-                outer, inner = _and_one(outer), _and(inner, bias)
-                factors = (
-                    outer.view(-1, parts, outer.shape[-1]),  # (rows, parts, d + 1)
-                    inner.view(folds, -1, *grid.shape[2:], inner.shape[-1]),  # (folds, w, *k, d+1)
-                )
-            return tuple(factor.to(embedding.dtype) for factor in factors)
+            thin = self.family.thin_factors(self, self._site(embedding, constants, grid))
+            return tuple(factor.to(embedding.dtype) for factor in thin)
 
-    def expand(self, factors: tuple[Tensor, ...], site: int) -> Tensor:
-        """A site's weight, of the factors that `forward` has returned; equal but for rounding."""
+    def _site(self, embedding: Tensor, constants: Tensor, grid: Grid) -> Site:
+        # FSDP's mixed precision casts parameters, and an embedding may have its own dtype
+        return embedding.to(self.head(grid.kernel)[0].dtype), constants, grid
+
+    def expand(self, factors: tuple[Tensor, ...], grid: Grid) -> Tensor:
+        """A weight, of the factors that `forward` has returned; equal but for rounding."""
         with _no_autocast(factors[0].device.type):
-            return expand(factors, self.plan.sites[site].site.shape, self.trunk_axis)
+            return expand(factors, grid.shape, grid.axis)
 
     @torch.no_grad()
     def moments(
-        self, embedding: Tensor, site: int, grams: dict[tuple[str, int], Tensor]
+        self,
+        embedding: Tensor,
+        constants: Tensor,
+        grid: Grid,
+        grams: dict[tuple[str, int], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the weight that `forward` would generate.
 
@@ -179,14 +178,15 @@ class HyperNet(nn.Module):
 
         Args:
             embedding: As in `forward`.
-            site: As in `forward`.
-            grams: What sites of the same head share, kept from call to call; empty at first.
+            constants: As in `forward`.
+            grid: As in `forward`.
+            grams: What weights of the same head share, kept from call to call; empty at first.
         """
         with _no_autocast(embedding.device.type):
-            rows, weight, bias = (t.float() for t in self._factors(embedding, site))
-        grid = self.plan.sites[site].grid
-        if rows.shape[0] * weight.shape[0] != math.prod(grid.shape):
-            return moments(self._generate(embedding, site).float())  # less what is padding
+            site = self._site(embedding, constants, grid)
+            rows, weight, bias = (t.float() for t in self.family.factors(self, site))
+        if rows.shape[0] * weight.shape[0] != math.prod(grid.shape):  # less what is padding
+            return moments(self._generate(embedding, constants, grid).float())
         # All products of two sets of vectors, whose moments follow from those of the sets
         row = rows.mean(0)  # (d,)
         mean = row @ weight.mean(0) + bias.mean()
@@ -194,51 +194,79 @@ class HyperNet(nn.Module):
         some = rows[:enough]
         gram = grams.get((grid.kernel, len(weight)))
         if gram is None:
-            k = math.prod(grid.shape[2:])
-            few = weight[: math.ceil(enough / k) * k]  # whole kernels
+            few = weight[: math.ceil(enough / grid.elements) * grid.elements]  # whole kernels
             gram = few.t() @ few / len(few)
-            if not self.channelwise:  # where the weight is a part of the head's own
+            if weight.data_ptr() == self.head(grid.kernel)[0].data_ptr():  # others share it
                 grams[grid.kernel, len(weight)] = gram
         square = (some.t() @ some * gram).sum() / len(some)
         square += 2 * (row @ (bias @ weight)) / len(weight) + bias.square().mean()
         return mean, (square - mean.square()).sqrt()
 
-    def _factors(self, embedding: Tensor, site: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What `linear` makes the scaled and shifted weight of, in its memory order.
-
-        Returns:
-            The hidden layer, (rows * parts, d), weight (width * k, d) and bias (width * k,); d is
-            Nz where the embeddings are the hidden layer.
-        """
-        grid = self.plan.sites[site].grid
-        head = self.heads[grid.kernel]
-        assert isinstance(head, nn.Linear)
-        embedding = embedding.to(head.weight.dtype)  # FSDP's mixed precision casts no buffers
-        scale, offset = self.scale[site], self.offset[site]
-        used = grid.width * math.prod(grid.shape[2:])
-        if self.channelwise:
-            rows, columns = embedding[: grid.rows], embedding[grid.rows :]
-            # (columns, 1, Nz) * (k, Nz) -> (columns * k, Nz)
-            kernels = (columns[:, None] * head.weight).flatten(0, 1)
-            return rows * scale, kernels, (head.bias * scale + offset).repeat(len(columns))
-        # The scale enters where the numbers are few
-        a = embedding * scale  # (tiles, Nz)
-        if self.trunk is None:
-            return a, _first(head.weight, used), _first(head.bias, used) * scale + offset
-        # (tiles, Nz) @ (Nz, lead * d)
-        a = linear(a, self.trunk.weight, self.trunk.bias * scale)
-        # Rearranging a, which is small, lets the last product write the weight in memory order:
-        # (row tiles, parts, lead, d) -> (row tiles * lead, parts, d), less the spare rows
-        a = a.view(-1, grid.parts, self.lead, self.fan_in).transpose(1, 2)
-        a = _first(a.reshape(-1, grid.parts, self.fan_in), grid.rows)
-        a = a.reshape(-1, self.fan_in)  # (rows * parts, d)
-        return a, _first(head.weight, used), _first(head.bias, used) * scale + offset
-
     def extra_repr(self) -> str:  # noqa: D102
-        return (
-            f"{len(self.plan.sites)} sites, embedding_dim={self.embedding_dim}, "
-            f"hidden_dim={self.plan.hidden_dim}, lead={self.lead}"
+        return f"{self.family.name}, embedding_dim={self.embedding_dim}"
+
+    # ------------------------------------------------------- one module below many, met once a walk
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; also once a walk where duplicates are asked for."""
+        memo = set() if memo is None else memo
+        if self not in memo:
+            yield from super().named_modules(memo, prefix, remove_duplicate)
+            memo.add(self)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; adds nothing to a state dict that holds this hypernetwork already."""
+        destination = kwargs.get("destination")
+        if destination is not None and not self._opens(destination):
+            return destination
+        return super().state_dict(*args, **kwargs)
+
+    def _opens(self, destination: Any) -> bool:
+        """Whether this is the first time that a walk which fills `destination` comes by."""
+        seen = self.__dict__.setdefault("_seen", {})
+        key = id(destination)
+        if key in seen and seen[key]() is destination:
+            return False
+        with suppress(TypeError):  # a plain dict, which has no weak references
+            seen[key] = weakref.ref(destination, lambda _: seen.pop(key, None))
+        return True
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # The list of missing keys is the same one throughout a walk
+        opens = self.__dict__.get("_loading") is not missing_keys
+        self.__dict__["_loading"] = missing_keys
+        own = {prefix + name: param for name, param in self.named_parameters()}
+        if not opens:
+            given = {key: state_dict[key] for key in own if key in state_dict}
+            if any(not _equal(own[key], value) for key, value in given.items()):
+                error_msgs.append(
+                    f"{prefix[:-1]} is one hypernetwork with other parts of this model, but the "
+                    "state dict has different values for it in different places."
+                )
+            state_dict.update(own)  # in this walk it has been loaded, so it keeps what it has
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_loading")}
+
+
+def _equal(a: Tensor, b: Any) -> bool:
+    if not isinstance(b, Tensor) or a.shape != b.shape:
+        return False
+    return a is b or a.is_meta or bool((a == b.to(a)).all())
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,27 +278,13 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.vector_norm(x - mean) / math.sqrt(size)
 
 
-def _first(x: Tensor, length: int) -> Tensor:
-    """`x[:length]`, whose backward pass fills and copies, also where nothing is cut off."""
-    return x if len(x) == length else x[:length]
-
-
-def _and(x: Tensor, column: Tensor) -> Tensor:
-    """One more column: (n, d), (n,) -> (n, d + 1)."""
-    return torch.cat([x, column[:, None]], 1)
-
-
-def _and_one(x: Tensor) -> Tensor:
-    """A column of ones, which the bias is multiplied by."""
-    return _and(x, x.new_ones(len(x)))
-
-
 def _like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
     """Lets a weight say under no_grad that it trains, as a dense parameter does there.
 
     torch.matmul looks at it when it chooses a kernel, and kernels round differently.
     """
-    if trains and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if trains and not torch.is_grad_enabled() and not traced:
         with suppress(RuntimeError):  # inside a transform of torch.func, where nothing is a leaf
             return weight.detach().requires_grad_()  # detached, as a view's views do not say so
     return weight

@@ -6,36 +6,57 @@ subclass in which each generated parameter is a property:
     class GeneratedConv2d(Generated, nn.Conv2d):
         @property
         def weight(self):
-            return self._hypernet(self.weight_embedding, self._site_index["weight"])
+            return self.hypernet(self.weight_embedding, self.weight_constants, grid)
 
 The mechanism is that of `torch.nn.utils.parametrize`, without its global cache: a weight is a pure
-function of (embedding, hypernetwork), evaluated when it is read. The hypernetwork is registered
-once in the model; the layers hold it in `__dict__`, where neither the state dict nor FSDP sees it a
-second time.
+function of (embedding, hypernetwork), evaluated when it is read. The layer owns all that its weight
+depends on: the embedding, registered under the name of the parameter that it stands for; two
+constants, a buffer; and the hypernetwork, a submodule that all generated layers share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from hyperize.config import ConfigError, ModelError
-from hyperize.factorized import is_plain, multiply
+from hyperize.config import ConfigError, ModelError, WeightError
+from hyperize.factorized import multiply
+from hyperize.reading import guarded
+from hyperize.tiling import Grid
 
 __all__ = ["LayerSpec", "register_layer"]
 
+HYPERNET = "hypernet"
+"""Name of the hypernetwork in each generated layer; part of the file format."""
+CONSTANTS = "_constants"
+"""Suffix of the buffer with a weight's scale and offset; part of the file format."""
 EMBEDDING = "_embedding"
-"""Suffix of the parameter that takes the place of a generated one; part of the file format."""
+"""Suffix of the attribute by which an embedding is read; the parameter's own name is the weight."""
 
 
+_REWRITING = tuple(
+    f"torch.nn.utils.{name}" for name in ("parametrize", "prune", "spectral_norm", "weight_norm")
+)
+"""Modules that read a parameter in order to put something else in its place."""
 _WITHOUT_RANDOMNESS = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers of which nothing has to be restored to run them again."""
+
+
+class _Running(threading.local):
+    """The generated layer whose own forward is running in this thread."""
+
+    layer: Generated | None = None
+
+
+_running = _Running()
 
 
 class Generated(nn.Module):
@@ -46,9 +67,13 @@ class Generated(nn.Module):
     generated: tuple[str, ...]
     """Names of the generated parameters."""
 
-    _hypernet: Any  # a HyperNet, whose module comes after this one
-    _site_index: dict[str, int]
-    _plain: bool
+    hypernet: Any  # a HyperNet, whose module comes after this one
+    grids: dict[str, Grid]
+    """How each generated parameter is cut into tiles."""
+    sites: dict[str, Any]
+    """The `PlannedSite` that each was made for, with the paths of that time."""
+    factorable: bool
+    """Whether the factors of the weight take fewer multiply-adds than the weight."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The dense class's.
@@ -61,28 +86,71 @@ class Generated(nn.Module):
         that running the region again ends there, and of them only the generator runs twice.
         Recurrent and attention layers save what they compute, and run twice as a whole.
         """
-        if self._plain and self._hypernet.factorized:
-            site = self._site_index["weight"]
-            if site in self._hypernet.factorable:
-                return self._multiply(site, *args, **kwargs)
-        if not (self._hypernet.recompute and torch.is_grad_enabled()):
+        if args and isinstance(args[0], fx.Proxy):
+            raise ModelError(
+                f"torch.fx cannot trace into a generated {self.dense_class.__name__}: its weight "
+                "would become a constant. Use hyperize.as_graph(hyper), or trace "
+                "to_dense(hyper)."
+            )
+        if not torch.compiler.is_compiling() and _is_distributed():
+            self._check_checkpoints()
+        hypernet = self.hypernet
+        if self.factorable and hypernet.factorized:
+            return self._multiply(*args, **kwargs)
+        if not (hypernet.recompute and torch.is_grad_enabled()):
             return self._forward(*args, **kwargs)
         draws = not isinstance(self, _WITHOUT_RANDOMNESS)
         return checkpoint(
             self._forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs
         )
 
+    def _check_checkpoints(self) -> None:
+        """Refuses what DistributedDataParallel cannot do, with the remedy.
+
+        Reentrant checkpoints run this layer without gradients in DDP's forward, and once more in
+        the backward pass, of which each has a backward pass of its own. DDP expects the gradients
+        of the shared generator from one.
+        """
+        ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+        if ddp is not None and ddp.training:
+            kept = torch.is_grad_enabled() or getattr(ddp, "static_graph", False)
+            self.__dict__["_runs_again"] = not kept
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and torch.is_grad_enabled() and self.__dict__.get("_runs_again"):
+            raise ModelError(
+                "a layer of a hyperized model is in a reentrant checkpoint under "
+                "DistributedDataParallel, which would reduce the shared generator's gradients more "
+                "than once. Use checkpoint(..., use_reentrant=False), or DDP's static_graph=True."
+            )
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's work, in which its weights are read."""
-        return super().forward(*args, **kwargs)  # the dense class's, which comes next
+        if torch.compiler.is_compiling():  # which reads plain tensors in any case
+            return super().forward(*args, **kwargs)  # the dense class's, which comes next
+        outer = _running.layer
+        _running.layer = self
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _running.layer = outer
 
-    def _multiply(self, site: int, input: Tensor) -> Tensor:
-        factors = self._hypernet(self.weight_embedding, site, True)
-        return multiply(self, input, factors, self._hypernet.trunk_axis)
+    def _multiply(self, input: Tensor) -> Tensor:
+        grid = self.grids["weight"]
+        embedding, constants = self.embedding("weight"), self._buffers["weight" + CONSTANTS]
+        return multiply(self, input, self.hypernet(embedding, constants, grid, True), grid.axis)
 
     def generate(self, name: str) -> Tensor:
         """The current value of one generated parameter, attached to the autograd graph."""
-        return self._hypernet(getattr(self, name + EMBEDDING), self._site_index[name])
+        constants = self._buffers[name + CONSTANTS]
+        weight: Tensor = self.hypernet(self.embedding(name), constants, self.grids[name])
+        return weight
+
+    def embedding(self, name: str) -> nn.Parameter:
+        """The embeddings of one generated parameter, (tiles, Nz)."""
+        # The replicas of nn.DataParallel have tensors as attributes, in the place of parameters
+        found = self._parameters[name] if name in self._parameters else self.__dict__[name]
+        assert found is not None
+        return found
 
     def dense_forward(self, weights: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The dense class's forward with given weights; state that it sets on itself is dropped."""
@@ -91,10 +159,27 @@ class Generated(nn.Module):
         shell.__dict__.update(weights)
         return shell.forward(*args, **kwargs)
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name in self.generated:
-            raise _assignment_error(name)
-        super().register_parameter(name, param)
+    # ------------------------------------------------------------ a module like its dense twin
+
+    def children(self) -> Iterator[nn.Module]:
+        """Those of the dense layer; the hypernetwork is no part of the model's structure.
+
+        It is shown to FSDP2, which looks for parameters here, where it shards a whole model: the
+        hypernetwork belongs to the outermost group, see `hyperize.distributed`.
+        """
+        show = _is_sharding(sys._getframe(1), self.hypernet)
+        return iter([m for name, m in self.named_children() if show or name != HYPERNET])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Generated:
+        if recurse:  # not by children(); where several layers do it, it changes nothing more
+            self.hypernet._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def __repr__(self) -> str:
+        shell = object.__new__(type(self))
+        shell.__dict__.update(self.__dict__)
+        shell.__dict__["_modules"] = {k: m for k, m in self._modules.items() if k != HYPERNET}
+        return super(Generated, shell).__repr__()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Twins are made at run time, so pickle cannot find them by name: make them again instead.
@@ -102,11 +187,64 @@ class Generated(nn.Module):
         assert isinstance(reduced, tuple)
         return (_new_generated, (self.dense_class, self.generated), *reduced[2:])
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise ModelError(
+            f"torch.jit.script cannot compile a generated {self.dense_class.__name__}. Script "
+            "to_dense(hyper), or use torch.jit.trace, torch.export or hyperize.as_graph(hyper)."
+        )
+
+    # ------------------------------------------------------- what would change a weight is refused
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of any module; a generated name takes nothing but another embedding.
+
+        The latter is for what moves, shards or loads the parameters of a module.
+        """
+        if name not in self.generated:
+            super().register_parameter(name, param)
+            return
+        present = self._parameters.get(name)
+        if param is None or present is None or param.shape != present.shape:
+            raise _assignment_error(name)
+        self._parameters[name] = param
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.generated and "_is_replica" in self.__dict__:
+            self.__dict__[name] = value  # nn.DataParallel replaces parameters by tensors
+        elif name in self.generated and not isinstance(value, nn.Parameter):
+            raise _assignment_error(name)
+        else:
+            super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.generated:
+            raise _assignment_error(name)
+        super().__delattr__(name)
+
     def _after_generating(self) -> None:
         """Hook: the class has just become the generated twin."""
 
     def _after_densifying(self) -> None:
         """Hook: the class has just become the dense one again."""
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _is_sharding(frame: Any, hypernet: nn.Module) -> bool:
+    """Whether FSDP2 collects the modules of a whole hyperized model, and not of a block of one.
+
+    Args:
+        frame: Of the caller of `children`.
+        hypernet: The generator. The whole is what hyperize() returned, which refers to it.
+    """
+    if not frame.f_globals.get("__name__", "").startswith("torch.distributed.fsdp"):
+        return False
+    while frame is not None and "root_modules" not in frame.f_locals:
+        frame = frame.f_back
+    roots = frame.f_locals["root_modules"] if frame is not None else ()
+    return any(vars(m).get(HYPERNET) is hypernet for root in roots for m in root.modules())
 
 
 class GeneratedRecurrent(Generated, nn.RNNBase):
@@ -126,14 +264,20 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # The dense check reads only the dtype of the first weight; generating all of them for
         # that would double the cost of the forward pass.
-        first = getattr(self, self.generated[0] + EMBEDDING)
+        first = self.embedding(self.generated[0])
         proxy = SimpleNamespace(_flat_weights=[first], input_size=self.input_size)
         nn.RNNBase.check_input(proxy, input, batch_sizes)  # type: ignore[arg-type]
 
-    # The dense class keeps a list of its weights and refreshes it at each assignment, `.to()` and
-    # forward; here the list is computed, so there is nothing to refresh and nothing to flatten.
+    # The dense class keeps a list of its weights and refreshes it at each assignment, `.to()`,
+    # copy and forward; here the list is computed, so there is nothing to refresh or to flatten.
     def __setattr__(self, name: str, value: Any) -> None:
-        nn.Module.__setattr__(self, name, value)
+        if name in self.generated:
+            Generated.__setattr__(self, name, value)
+        else:
+            nn.Module.__setattr__(self, name, value)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return nn.Module._replicate_for_data_parallel(self)
 
     def _init_flat_weights(self) -> None: ...
 
@@ -240,23 +384,28 @@ def spec_of(cls: type[nn.Module]) -> LayerSpec | None:
 def generate_params(
     module: nn.Module,
     embeddings: dict[str, nn.Parameter],
-    site_index: dict[str, int],
+    constants: dict[str, Tensor],
+    sites: dict[str, Any],
     hypernet: nn.Module,
+    factorable: bool,
 ) -> None:
     """Turns `module` into its generated twin, in place.
 
     Args:
         module: A dense layer with a registered class.
         embeddings: The embedding that takes the place of each parameter, by parameter name.
-        site_index: The hypernetwork's index of each of these parameters.
-        hypernet: The shared generator; referenced, not registered.
+        constants: Scale and offset of each, (2,).
+        sites: The `PlannedSite` of each.
+        hypernet: The shared generator.
+        factorable: As `Generated.factorable`.
     """
-    names = tuple(embeddings)
-    module.__dict__["_plain"] = is_plain(module)
-    twin = generated_class(type(module), names)
-    _replace(module._parameters, {name: (name + EMBEDDING, embeddings[name]) for name in names})
-    module.__dict__["_hypernet"] = hypernet
-    module.__dict__["_site_index"] = dict(site_index)
+    twin = generated_class(type(module), tuple(embeddings))
+    module._parameters.update(embeddings)  # in their places
+    for name, tensor in constants.items():
+        module.register_buffer(name + CONSTANTS, tensor)
+    module.add_module(HYPERNET, hypernet)
+    grids = {name: site.grid for name, site in sites.items()}
+    module.__dict__.update(grids=grids, sites=sites, factorable=factorable)
     module.__class__ = twin
     assert isinstance(module, Generated)
     module._after_generating()
@@ -270,20 +419,14 @@ def densify_params(module: Generated, weights: dict[str, nn.Parameter]) -> None:
         weights: The dense parameter that takes the place of each embedding, by parameter name.
     """
     restore = module._after_densifying  # bound now: the dense class has no such method
-    _replace(
-        module._parameters, {name + EMBEDDING: (name, weight) for name, weight in weights.items()}
-    )
-    for name in ("_hypernet", "_site_index", "_plain"):
+    module._parameters.update(weights)
+    del module._modules[HYPERNET]
+    for name in weights:
+        del module._buffers[name + CONSTANTS]
+    for name in ("grids", "sites", "factorable"):
         del module.__dict__[name]
     module.__class__ = module.dense_class  # type: ignore[assignment]
     restore()
-
-
-def _replace(params: dict[str, Any], changes: dict[str, tuple[str, nn.Parameter]]) -> None:
-    """Renames and replaces entries of a `_parameters` dict without moving them."""
-    items = [changes.get(name, (name, value)) for name, value in params.items()]
-    params.clear()
-    params.update(items)
 
 
 def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Generated]:
@@ -297,11 +440,14 @@ def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Gene
             "(in every process that loads this model)."
         )
     members: dict[str, Any] = {name: _generated_property(name) for name in names}
+    members |= {name + EMBEDDING: _embedding_property(name) for name in names}
     members |= {
         "dense_class": dense,
         "generated": names,
         "__doc__": f"{dense.__name__} with generated {', '.join(names)}.",
-        "__module__": __name__,
+        # torch.fx tells by it which layers are leaves of a graph, and this is one if its dense
+        # twin is.
+        "__module__": dense.__module__,
     }
     # setdefault: threads that make the same twin at once all get the first
     return _TWINS.setdefault(
@@ -317,7 +463,20 @@ def _new_generated(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _generated_property(name: str) -> property:
     def read(self: Generated) -> Tensor:
-        return self.generate(name)
+        try:
+            weight = self.generate(name)
+        except AttributeError as error:  # nn.Module would say that there is no such attribute
+            raise WeightError(f"{name} cannot be generated: {error}") from error
+        if torch.compiler.is_compiling() or _running.layer is self or torch.jit.is_tracing():
+            return weight
+        reader = sys._getframe(1)
+        module = str(reader.f_globals.get("__name__", ""))
+        if module in _REWRITING:
+            raise _assignment_error(name)
+        # Encoders of torch's own read weights of their layers in their forward, and only read
+        if reader.f_code.co_name == "forward" and module.startswith("torch.nn."):
+            return weight
+        return guarded(weight, f"{name} of a {type(self).__name__}")
 
     def assign(self: Generated, value: Any) -> None:
         raise _assignment_error(name)
@@ -325,10 +484,15 @@ def _generated_property(name: str) -> property:
     return property(read, assign, doc=f"`{name}`, generated from `{name}{EMBEDDING}`.")
 
 
+def _embedding_property(name: str) -> property:
+    return property(lambda self: self.embedding(name), doc=f"What `{name}` is generated from.")
+
+
 def _assignment_error(name: str) -> ModelError:
     return ModelError(
-        f"{name} is generated by the hypernetwork and cannot be assigned. Change "
-        f"{name}{EMBEDDING}, or convert the model with to_dense() first."
+        f"{name} is generated by the hypernetwork, so it cannot be assigned, deleted, pruned or "
+        f"parametrized. Change {name}{EMBEDDING}, or make the layer dense first, with "
+        "to_dense(hyper, include=...)."
     )
 
 

@@ -18,12 +18,10 @@ from torch import nn
 
 from hyperize.drawing import Bar, Source, bar_chart
 from hyperize.dynamic import HyperLSTM, HyperRNN
-from hyperize.hypernet import HyperNet
-from hyperize.layers import EMBEDDING
 from hyperize.page import page
-from hyperize.planning import Plan, PlannedSite
-from hyperize.rewrite import find_hypernet, generated_layers
-from hyperize.sites import HYPERNET, DynamicSite, Skip, Untargeted, tensor_bytes
+from hyperize.parts import Group, find_groups
+from hyperize.plan import Plan, PlannedSite
+from hyperize.sites import DynamicSite, Skip, Untargeted, tensor_bytes
 from hyperize.writing import replacing
 
 if TYPE_CHECKING:
@@ -292,14 +290,15 @@ def report(hyper_or_plan: nn.Module | Plan) -> Report:
     """Reports what a rewrite saves.
 
     Args:
-        hyper_or_plan: A hyperized model, whose own tensors are counted, or a plan.
+        hyper_or_plan: A hyperized model, a part of one, or a model with several such parts, whose
+            own tensors are counted; or a plan.
 
     Raises:
         ModelError: The model is not hyperized, or is wrapped or sharded.
     """
     if isinstance(hyper_or_plan, Plan):
         return _of_plan(hyper_or_plan)
-    return _of_model(hyper_or_plan, find_hypernet(hyper_or_plan)[1])
+    return _of_model(hyper_or_plan, find_groups(hyper_or_plan))
 
 
 def _of_plan(plan: Plan) -> Report:
@@ -331,58 +330,67 @@ def _of_plan(plan: Plan) -> Report:
     )
 
 
-def _of_model(model: nn.Module, hypernet: HyperNet) -> Report:
+def _of_model(model: nn.Module, groups: list[Group]) -> Report:
     """The report of a model as it is now: layers may have been replaced since it was planned."""
-    layers = generated_layers(model)
     modules = dict(model.named_modules())
-    plan = hypernet.plan
     rows: list[SiteRow] = []
     sources: list[Source] = []
     replaced: list[Skip] = []
-    dense_bytes = tensor_bytes(model) - tensor_bytes(hypernet)
-    present: list[PlannedSite] = []
-    for planned in plan.sites:
-        site = planned.site
-        layer = layers.get(site.path)
-        if layer is None or site.param not in layer.generated:
-            replaced.append(Skip(site.name, _REPLACED, site.dense_params))
-            continue
-        embedding = layer.get_parameter(site.param + EMBEDDING)
-        rows.append(_row(planned, embedding.numel()))
-        sources.append(Source(site.name, layer, site.param, site.shape))
-        present.append(planned)
-        dense_bytes += (site.dense_params - embedding.numel()) * embedding.element_size()
-    for dynamic in plan.dynamic:
-        module = modules.get(dynamic.path)
-        if not isinstance(module, (HyperLSTM, HyperRNN)):
-            replaced.append(Skip(dynamic.path, _REPLACED, dynamic.dense_params))
-            continue
-        params = [p for name, p in module.named_parameters() if not name.startswith(HYPERNET)]
-        count = sum(p.numel() for p in params)
-        rows.append(_dynamic_row(dynamic, count))
-        dense_bytes += (dynamic.dense_params - count) * params[0].element_size()
-    generator_macs, factorized_params, factorized_macs = _multiply_adds(
-        plan, present, hypernet.factorized
-    )
-    hypernet_params = sum(p.numel() for p in hypernet.parameters())
+    saved = hypernet_params = shared_bytes = 0
+    macs = [0, 0, 0]
+    for hypernet, layers, plan in ((g.hypernet, g.layers, g.plan) for g in groups):
+        for planned in plan.sites:
+            site = planned.site
+            layer = layers[site.path]
+            embedding = layer.embedding(site.param)
+            rows.append(_row(planned, embedding.numel()))
+            sources.append(Source(site.name, layer, site.param, site.shape))
+            saved += (site.dense_params - embedding.numel()) * embedding.element_size()
+            shared_bytes += 2 * next(hypernet.parameters()).element_size()  # scale and offset
+        for dynamic in plan.dynamic:
+            module = modules.get(dynamic.path)
+            if not isinstance(module, (HyperLSTM, HyperRNN)):
+                replaced.append(Skip(dynamic.path, _REPLACED, dynamic.dense_params))
+                continue
+            params = list(module.parameters())
+            count = sum(p.numel() for p in params)
+            rows.append(_dynamic_row(dynamic, count))
+            saved += (dynamic.dense_params - count) * params[0].element_size()
+        found = _multiply_adds(plan, plan.sites, hypernet.factorized)
+        macs = [a + b for a, b in zip(macs, found, strict=True)]
+        hypernet_params += sum(p.numel() for p in hypernet.parameters())
+        shared_bytes += tensor_bytes(hypernet)
     hyper_params = hypernet_params + sum(row.hyper_params for row in rows)
     others = sum(p.numel() for p in model.parameters()) - hyper_params
+    hyper_bytes = tensor_bytes(model)
+    plans = [group.plan for group in groups]
     return Report(
-        model=plan.model,
+        model=plans[0].model if plans[0].root == "" and plans[0].model else type(model).__name__,
         sites=tuple(rows),
-        skipped=(*plan.skips, *replaced),
-        untargeted=plan.untargeted,
+        skipped=(*(skip for plan in plans for skip in plan.skips), *replaced),
+        untargeted=_untargeted(plans),
         hypernet_params=hypernet_params,
         total_dense_params=others + sum(row.dense_params for row in rows),
-        dense_bytes=dense_bytes,
-        hyper_bytes=tensor_bytes(model),
-        generator_macs=generator_macs,
-        factorized_params=factorized_params,
-        factorized_macs=factorized_macs,
-        order=plan.order,
-        notes=plan.notes,
+        dense_bytes=hyper_bytes + saved - shared_bytes,
+        hyper_bytes=hyper_bytes,
+        generator_macs=macs[0],
+        factorized_params=macs[1],
+        factorized_macs=macs[2],
+        order="; ".join(dict.fromkeys(plan.order for plan in plans)),
+        notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
         sources=tuple(sources),
     )
+
+
+def _untargeted(plans: list[Plan]) -> tuple[Untargeted, ...]:
+    """By kind, over several plans."""
+    kinds: dict[str, Untargeted] = {}
+    for kind in (kind for plan in plans for kind in plan.untargeted):
+        before = kinds.get(kind.kind, Untargeted(kind.kind, 0, 0))
+        kinds[kind.kind] = Untargeted(
+            kind.kind, before.layers + kind.layers, before.params + kind.params
+        )
+    return tuple(kinds.values())
 
 
 def _multiply_adds(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,13 +17,26 @@ from torch import Tensor, nn
 from hyperize.config import ConfigError, HyperConfig, ModelError
 from hyperize.dynamic import HyperLSTM, HyperRNN, dynamic_twin
 from hyperize.hypernet import HyperNet, moments
-from hyperize.layers import EMBEDDING, Generated, densify_params, generate_params
-from hyperize.planning import Plan, PlannedSite, make_plan
-from hyperize.sites import HYPERNET, fresh_hooks, structural_copy, wrapper_of
+from hyperize.layers import (
+    HYPERNET,
+    Generated,
+    densify_params,
+    generate_params,
+    generated_class,
+)
+from hyperize.parts import dynamic_layers, find_groups, generated_layers
+from hyperize.plan import Plan, PlannedSite
+from hyperize.search import make_plan
+from hyperize.sites import (
+    check_patterns,
+    fresh_hooks,
+    matches,
+    obstacle_of,
+    parameter_owners,
+    structural_copy,
+)
 
 __all__ = ["dense_state_dict", "hyperize", "to_dense"]
-
-_GATHER = "gather a full state dict and load it into an unsharded hyperized model first"
 
 
 def hyperize(
@@ -35,11 +48,13 @@ def hyperize(
 ) -> nn.Module:
     """Rewrites a model so that one shared hypernetwork generates its convolution and LSTM weights.
 
-    The result has the model's class, tree and methods. Each target's weight is replaced by
-    embeddings, `<path>.<param>_embedding`, from which the hypernetwork, registered once as
-    `hypernet`, computes it whenever it is read (static hypernetwork, arXiv 1609.09106, sec. 3.1).
-    At initialisation each generated weight has the mean and standard deviation of the weight that
-    it replaces; a constant weight starts exactly so. Values are not fitted.
+    The result has the model's class, tree and methods. In each target's place for a weight are
+    embeddings, of the weight's name in the state dict, from which a hypernetwork computes it
+    whenever it is read (static hypernetwork, arXiv 1609.09106, sec. 3.1). All these layers share
+    the hypernetwork, and each owns it, so that a part of the result is whole: its parameters, its
+    state dict and copies of it hold everything that its weights depend on. `hyper.hypernet` refers
+    to it. At initialisation each generated weight has the mean and standard deviation of the weight
+    that it replaces; a constant weight starts exactly so. Values are not fitted.
 
     Args:
         model: A plain model on one device; on meta, the result is on meta too and has to be loaded.
@@ -78,22 +93,25 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
         ModelError: The model does not have the plan's layers and shapes, holds weights that are
             not finite, cannot be copied, or is itself a recurrent layer to be replaced in place.
     """
+    root = _check_root(model, plan)
     twins = _dynamic_twins(model, plan, inplace)
-    weights = [_planned_weight(model, planned) for planned in plan.sites]
+    weights = _planned_weights(model, plan)
     if weights:
         hypernet = HyperNet(plan, _widest(weights), weights[0].device)
     else:
         hypernet = HyperNet(plan, device=next(twins[0].parameters()).device)
     with torch.no_grad():
-        embeddings = _initialise(hypernet, weights, _generator(plan.config.seed))
+        embeddings, constants = _initialise(hypernet, weights, _generator(plan.config.seed))
     if not inplace:
         model = _copy(model, shared=weights)
-    for path, indices in plan.layers().items():
+    for path, sites in _by_layer(plan).items():
         generate_params(
             model.get_submodule(path),
-            {param: embeddings[at] for param, at in indices.items()},
-            indices,
+            {param: embeddings[at] for param, at in sites.items()},
+            {param: constants[at] for param, at in sites.items()},
+            {param: plan.sites[at] for param, at in sites.items()},
             hypernet,
+            any(plan.factorized_macs(plan.sites[at]) is not None for at in sites.values()),
         )
     for site, twin in zip(plan.dynamic, twins, strict=True):
         twin.train(model.get_submodule(site.path).training)
@@ -102,15 +120,40 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
         for path in (site.path, *site.aliases) if site.path else ():
             parent, _, name = path.rpartition(".")
             model.get_submodule(parent)._modules[name] = twin
-    model.get_submodule(plan.host).add_module(HYPERNET, hypernet.train(model.training))
+    if HYPERNET not in (host := model.get_submodule(root))._modules:
+        vars(host).setdefault(HYPERNET, hypernet)  # a reference; the layers own it
     return model
 
 
-def to_dense(hyper: nn.Module, *, inplace: bool = False) -> nn.Module:
+def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
+    """Rewrites a copy of a model by several plans, one for each hypernetwork.
+
+    Raises:
+        ModelError: As in `apply_plan`.
+    """
+    for at, plan in enumerate(plans):
+        model = apply_plan(model, plan, inplace=at > 0)
+    return model
+
+
+def to_dense(
+    hyper: nn.Module,
+    *,
+    include: str | Sequence[str] = "*",
+    exclude: str | Sequence[str] = (),
+    inplace: bool = False,
+) -> nn.Module:
     """The dense model with the weights that the hypernetwork generates now.
 
+    With `include` or `exclude` only some layers become dense, to freeze, prune, quantize or adapt
+    them, and the others stay generated. Output layers of the hypernetwork that no layer needs any
+    more are dropped.
+
     Args:
-        hyper: A hyperized model; not wrapped by DDP, FSDP or torch.compile.
+        hyper: A hyperized model, a part of one, or a model with such parts; not wrapped by DDP,
+            FSDP or torch.compile.
+        include: Globs over module paths, as `HyperConfig.include`; only matching layers change.
+        exclude: Globs over module paths; matching layers stay generated. Wins over `include`.
         inplace: Convert `hyper` itself, instead of a copy that shares nothing with it.
 
     Returns:
@@ -119,61 +162,61 @@ def to_dense(hyper: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         ModelError: The model is not hyperized, is wrapped or sharded, cannot be copied, or has
-            dynamic layers.
+            dynamic layers among those to convert.
+        ConfigError: A pattern is not a string, or matches no layer.
     """
-    host, _ = _convertible(hyper)
+    groups = find_groups(hyper)
+    chosen = HyperConfig(include=include, exclude=exclude)  # type: ignore[arg-type]
+    dynamic = list(dynamic_layers(hyper, groups))
+    targets = [*(path for group in groups for path in group.layers), *dynamic]
+    for option in ("include", "exclude"):
+        paths = ([path] for path in targets)
+        check_patterns(option, getattr(chosen, option), paths, "generated layer")
+    selected = [
+        path
+        for path in targets
+        if matches([path], chosen.include) and not matches([path], chosen.exclude)
+    ]
+    if found := [path or "the model itself" for path in dynamic if path in selected]:
+        raise ModelError(
+            f"{', '.join(found)} is a dynamic hypernetwork (HyperLSTM, HyperRNN): its weights "
+            "depend on the input, so it has no dense equivalent. Save and run the hyperized model "
+            'as it is, hyperize with lstm="static", or leave it out with exclude=(...).'
+        )
     if not inplace:
         hyper = _copy(hyper)
-    return _densify(hyper, host)
+    _densify(hyper, selected)
+    whole = {vars(module).get(HYPERNET) for module in hyper.modules()}
+    for group in find_groups(hyper) if len(selected) < len(targets) else ():
+        if group.hypernet in whole or not inplace:  # otherwise layers elsewhere may need them
+            used = {grid.kernel for layer in group.layers.values() for grid in layer.grids.values()}
+            for kernel in [kernel for kernel in group.hypernet.heads if kernel not in used]:
+                del group.hypernet.heads[kernel]
+    return hyper
 
 
 def dense_state_dict(hyper: nn.Module) -> dict[str, Tensor]:
     """The state dict of the dense model: the original's keys, order and dtypes.
 
     Args:
-        hyper: A hyperized model; not changed. Tensors other than the generated ones are shared
-            with it, as in any state dict.
+        hyper: As in `to_dense`; not changed. Tensors other than the generated ones are shared with
+            it, as in any state dict.
 
     Raises:
         ModelError: As in `to_dense`.
     """
-    host, _ = _convertible(hyper)
-    return _densify(structural_copy(hyper, lambda tensor: tensor), host).state_dict()
+    groups = find_groups(hyper)
+    if next(dynamic_layers(hyper, groups), None) is not None:
+        to_dense(hyper)  # which says why it cannot be
+    twin = structural_copy(hyper, lambda tensor: tensor)
+    _densify(twin, [path for group in groups for path in group.layers])
+    return twin.state_dict()
 
 
-def find_hypernet(hyper: nn.Module) -> tuple[str, HyperNet]:
-    """The hypernetwork of a hyperized model, and the path of the module that it is registered in.
-
-    Raises:
-        ModelError: There is none, or the model is wrapped or sharded.
-    """
-    if not isinstance(hyper, nn.Module):
-        raise ModelError(f"expected a hyperized torch.nn.Module, got {type(hyper).__name__}.")
-    if wrapper := wrapper_of(hyper):
-        advice = _GATHER if "FSDP2" in wrapper[0] else "pass the model inside it"
-        raise ModelError(f"the model is wrapped by {wrapper[0]}; {advice}.")
-    for path, module in hyper.named_modules():
-        if isinstance(module, HyperNet):
-            if any(type(p).__name__ == "DTensor" for p in module.parameters()):
-                raise ModelError(
-                    f"the hypernetwork is sharded (its parameters are DTensors); {_GATHER}."
-                )
-            return path.rpartition(".")[0], module
-    part = "only a part of a hyperized model" if generated_layers(hyper) else "not hyperized"
-    raise ModelError(
-        f"{type(hyper).__name__} is {part}: it has no hypernetwork. Pass the model that "
-        "hyperize() returned."
-    )
-
-
-def generated_layers(hyper: nn.Module) -> dict[str, Generated]:
-    """The generated layers of a hyperized model by path."""
-    return {path: m for path, m in hyper.named_modules() if isinstance(m, Generated)}
-
-
-def _densify(hyper: nn.Module, host: str) -> nn.Module:
+def _densify(hyper: nn.Module, selected: Iterable[str]) -> None:
+    """Makes some generated layers dense, and forgets hypernetworks without any."""
     # Every weight is computed before the first layer is changed.
-    layers = list(generated_layers(hyper).values())
+    layers = [cast(Generated, hyper.get_submodule(path)) for path in selected]
     shapes: dict[Any, Tensor] = {}
     with torch.no_grad():
         weights = [
@@ -182,36 +225,46 @@ def _densify(hyper: nn.Module, host: str) -> nn.Module:
         ]
     for layer, params in zip(layers, weights, strict=True):
         densify_params(layer, params)
-    del hyper.get_submodule(host)._modules[HYPERNET]
-    return hyper
+    left = {layer.hypernet for layer in generated_layers(hyper).values()}
+    for module in hyper.modules():
+        referred = vars(module).get(HYPERNET)
+        if isinstance(referred, HyperNet) and referred not in left and referred.plan.sites:
+            del vars(module)[HYPERNET]
 
 
 def _dense_parameter(layer: Generated, name: str, shapes: dict[Any, Tensor]) -> nn.Parameter:
     """The weight as a parameter; on meta, where it is only a shape, each of `shapes` once."""
-    embedding = getattr(layer, name + EMBEDDING)
+    embedding = layer.embedding(name)
     if not embedding.is_meta:
         weight = layer.generate(name).clone()
     else:
-        plan = cast(HyperNet, layer._hypernet).plan
-        key = plan.sites[layer._site_index[name]].grid, embedding.dtype
+        key = layer.hypernet, layer.grids[name], embedding.dtype
         if key not in shapes:
             shapes[key] = layer.generate(name).detach()
         weight = torch.empty_like(shapes[key])
     return nn.Parameter(weight, requires_grad=embedding.requires_grad)
 
 
-def _convertible(hyper: nn.Module) -> tuple[str, HyperNet]:
-    """`find_hypernet` of a model that has a dense equivalent."""
-    host, hypernet = find_hypernet(hyper)
-    dynamic = [path for path, m in hyper.named_modules() if isinstance(m, (HyperLSTM, HyperRNN))]
-    planned = {site.path for site in hypernet.plan.dynamic}
-    if found := [path or "the model itself" for path in dynamic if path in planned]:
+def _check_root(model: nn.Module, plan: Plan) -> str:
+    """The path of the module that is to refer to the hypernetwork."""
+    try:
+        root = model.get_submodule(plan.root)
+    except AttributeError as error:
+        raise ModelError(f"the plan names {plan.root}, which the model lacks.") from error
+    if hasattr(root, HYPERNET) and not isinstance(vars(root).get(HYPERNET), HyperNet):
         raise ModelError(
-            f"{', '.join(found)} is a dynamic hypernetwork (HyperLSTM, HyperRNN): its weights "
-            "depend on the input, so it has no dense equivalent. Save and run the hyperized model "
-            'as it is, or hyperize with lstm="static".'
+            f"{type(root).__name__} has an attribute {HYPERNET!r} already, the name under which "
+            "the generator is to be had; rename the attribute."
         )
-    return host, hypernet
+    return plan.root
+
+
+def _by_layer(plan: Plan) -> dict[str, dict[str, int]]:
+    """Layer path -> generated parameter -> the site's number in the plan."""
+    layers: dict[str, dict[str, int]] = {}
+    for at, planned in enumerate(plan.sites):
+        layers.setdefault(planned.site.path, {})[planned.site.param] = at
+    return layers
 
 
 def _dynamic_twins(model: nn.Module, plan: Plan, inplace: bool) -> list[HyperLSTM | HyperRNN]:
@@ -232,6 +285,9 @@ def _dynamic_twins(model: nn.Module, plan: Plan, inplace: bool) -> list[HyperLST
                 "the model is itself the recurrent layer to be replaced, which cannot be done in "
                 "place; use the model that hyperize() returns without inplace=True."
             )
+        for path in (site.path, *site.aliases) if site.path else ():
+            if model.get_submodule(path) is not layer:
+                raise ModelError(f"the plan has one layer at {site.path} and {path}, not so here.")
         layers.append(layer)
     if not layers:
         return []
@@ -250,12 +306,33 @@ def _dynamic_twins(model: nn.Module, plan: Plan, inplace: bool) -> list[HyperLST
     return twins
 
 
+def _planned_weights(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
+    """The dense weights that a plan generates, all of them checked."""
+    owners = parameter_owners(model) if plan.sites else {}
+    for path, sites in _by_layer(plan).items():
+        try:
+            layer = model.get_submodule(path)
+        except AttributeError as error:
+            raise ModelError(f"the plan names {path}, which the model does not have.") from error
+        if isinstance(layer, Generated):
+            raise ModelError(f"{path or 'the model'} is generated already; use to_dense() first.")
+        for param in sites:
+            if layer._parameters.get(param) is None:
+                name = f"{path}.{param}" if path else param
+                raise ModelError(f"the plan names {name}, which the model does not have.")
+            if obstacle := obstacle_of(layer, param, owners):
+                raise ModelError(
+                    f"the plan generates {param} of {path or 'the model'}, which has to stay "
+                    f"dense in this model: {obstacle}. Make a plan of this model."
+                )
+        generated_class(type(layer), tuple(sites))  # which may not be registered
+    return [_planned_weight(model, planned) for planned in plan.sites]
+
+
 def _planned_weight(model: nn.Module, planned: PlannedSite) -> nn.Parameter:
     site = planned.site
-    try:
-        weight = model.get_parameter(site.name)
-    except AttributeError as error:
-        raise ModelError(f"the plan names {site.name}, which the model does not have.") from error
+    weight = model.get_submodule(site.path)._parameters[site.param]
+    assert weight is not None
     if tuple(weight.shape) != site.shape:
         raise ModelError(
             f"the plan has {site.name} of shape {site.shape}, the model {tuple(weight.shape)}."
@@ -265,42 +342,43 @@ def _planned_weight(model: nn.Module, planned: PlannedSite) -> nn.Parameter:
 
 def _initialise(
     hypernet: HyperNet, weights: list[nn.Parameter], generator: torch.Generator
-) -> list[nn.Parameter]:
+) -> tuple[list[nn.Parameter], list[Tensor]]:
     """Draws hypernetwork and embeddings, and sets each site's constants by its dense weight.
 
     One random draw has neither exactly the variance nor the mean that it has in expectation, so
     each site's embeddings and offset are corrected by the moments of what they would generate.
+
+    Returns:
+        Embeddings, and scale and offset (2,), of each site.
     """
     sites = hypernet.plan.sites
-    shapes = [(planned.grid.tiles, hypernet.embedding_dim) for planned in sites]
     if not weights:
-        return []
-    if weights[0].is_meta:
-        return [
-            nn.Parameter(torch.empty_like(weight).new_empty(shape))
-            for weight, shape in zip(weights, shapes, strict=True)
-        ]
+        return [], []
+    like = next(hypernet.parameters()).detach()
+    constants = [like.new_tensor([1.0, 0.0]) for _ in sites]
+    shapes = [(planned.grid.tiles, hypernet.embedding_dim) for planned in sites]
+    if like.is_meta:
+        empty = (weight.detach().new_empty(s) for weight, s in zip(weights, shapes, strict=True))
+        return [nn.Parameter(z) for z in empty], constants
     statistics = [_mean_std(weight, p.site.name) for weight, p in zip(weights, sites, strict=True)]
-    hypernet.reset_parameters(generator)
+    hypernet.reset(generator)
     embeddings = []
     grams: dict[tuple[str, int], Tensor] = {}
     for at, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
         mean, std = statistics[at]
-        z = torch.randn(shape, generator=generator, device="cpu").to(hypernet.scale)
+        grid = sites[at].grid
+        z = torch.randn(shape, generator=generator, device="cpu").to(like)
         if std > 0:
-            drawn_mean, drawn_std = hypernet.moments(z, at, grams)
-            # Of channels, two embeddings are multiplied
-            z /= drawn_std.sqrt() if hypernet.channelwise else drawn_std
-            hypernet.scale[at] = std
-            hypernet.offset[at] = mean - std * drawn_mean / drawn_std
+            drawn_mean, drawn_std = hypernet.moments(z, constants[at], grid, grams)
+            z /= drawn_std if hypernet.family.degree == 1 else drawn_std.sqrt()
+            constants[at] = like.new_tensor([std, float(mean - std * drawn_mean / drawn_std)])
         else:
             # Constant weights (those of zero-initialised layers among them) start exactly so, and
             # learn through their embeddings at the pace of a layer of fan-in variance.
-            z[: sites[at].grid.rows if hypernet.channelwise else None] = 0
-            hypernet.scale[at] = 1 / math.sqrt(math.prod(weight.shape[1:]))
-            hypernet.offset[at] = mean
+            hypernet.family.silence(z, grid)
+            constants[at] = like.new_tensor([1 / math.sqrt(math.prod(weight.shape[1:])), mean])
         embeddings.append(nn.Parameter(z.to(weight.dtype)))
-    return embeddings
+    return embeddings, constants
 
 
 def _mean_std(weight: Tensor, name: str) -> tuple[float, float]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import itertools
 import math
 import random
 import threading
@@ -31,12 +30,17 @@ from torch.nn.utils.parametrize import is_parametrized
 from hyperize.config import ConfigError, HyperConfig, ModelError
 from hyperize.dynamic import dynamic_twin
 from hyperize.factorized import is_plain
-from hyperize.layers import EMBEDDING, Generated, registered_kinds, spec_of
+from hyperize.layers import (
+    CONSTANTS,
+    EMBEDDING,
+    HYPERNET,
+    Generated,
+    registered_kinds,
+    spec_of,
+)
+from hyperize.source import written_parameter
 
 __all__: list[str] = []
-
-HYPERNET = "hypernet"
-"""Name under which the hypernetwork is registered, once; part of the file format."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that can be generated."""
@@ -144,7 +148,6 @@ class Found:
         skips: Targets that stay dense.
         untargeted: Layers of known kinds that are not targets.
         order: How the sites were found and ordered, as a sentence.
-        host: Path of the module in which the hypernetwork will be registered, "" for the root.
         total_params: Parameters of the whole dense model, shared ones counted once.
         total_bytes: Bytes of its parameters and buffers, likewise.
     """
@@ -154,7 +157,6 @@ class Found:
     skips: tuple[Skip, ...]
     untargeted: tuple[Untargeted, ...]
     order: str
-    host: str
     total_params: int
     total_bytes: int
 
@@ -172,6 +174,11 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
     """
     _check_model(model)
     _check_targets(config)
+    if hasattr(model, HYPERNET):
+        raise ModelError(
+            f"{type(model).__name__} has an attribute {HYPERNET!r} already, the name under which "
+            "the generator is to be had; rename the attribute."
+        )
     paths: dict[nn.Module, list[str]] = {}  # every module with all its paths, in tree order
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(module, []).append(path)
@@ -183,12 +190,14 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
     else:
         dynamic_of = {}
     targets = {p: m for p, m in layers.items() if _kind(m) in kinds or p in dynamic_of}
-    _check_patterns(config, paths, targets.values())
-    included = {p: m for p, m in targets.items() if _matches(paths[m], config.include)}
-    selected = {p: m for p, m in included.items() if not _matches(paths[m], config.exclude)}
+    kind = f"layer of kind {', '.join(config.targets)}"
+    check_patterns("include", config.include, (paths[m] for m in targets.values()), kind)
+    check_patterns("exclude", config.exclude, paths.values(), "module")
+    included = {p: m for p, m in targets.items() if matches(paths[m], config.include)}
+    selected = {p: m for p, m in included.items() if not matches(paths[m], config.exclude)}
     _check_layers(selected)
 
-    owners = _owners(model)
+    owners = parameter_owners(model)
     sites: list[Site] = []
     dynamic: list[DynamicSite] = []
     skips: list[Skip] = []
@@ -222,13 +231,10 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
             shape = tuple(weight.shape)
             size = weight.element_size()
             site = Site(path, param, _kind(module), shape, size, aliases, is_plain(module))
-            if obstacle := _obstacle(module, param, owners):
+            if obstacle := obstacle_of(module, param, owners):
                 skips.append(Skip(site.name, obstacle, weight.numel()))
             else:
                 sites.append(site)
-    rewritten = [*(site.path for site in sites), *(site.path for site in dynamic)]
-    host = rewritten[0] if rewritten and _runs_its_children(model) else ""
-    _check_host(model.get_submodule(host))
     _check_devices(model, sites)
     untargeted: dict[str, list[int]] = {}
     for path, module in layers.items():
@@ -240,7 +246,6 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
         skips=tuple(skips),
         untargeted=tuple(Untargeted(k, len(n), sum(n)) for k, n in untargeted.items()),
         order=order,
-        host=host,
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=tensor_bytes(model),
     )
@@ -414,7 +419,7 @@ def _weights(module: nn.Module) -> int:
     return sum(p.numel() for p in found if p is not None)
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """The names under which each parameter is registered, once per owning module."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
@@ -424,8 +429,14 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _obstacle(module: nn.Module, param: str, owners: dict[int, list[str]]) -> str | None:
-    """Why a selected parameter has to stay dense, or None."""
+def obstacle_of(module: nn.Module, param: str, owners: dict[int, list[str]]) -> str | None:
+    """Why a parameter has to stay dense, or None.
+
+    Args:
+        module: Its layer.
+        param: Its name there.
+        owners: As `parameter_owners` finds them.
+    """
     weight = module._parameters[param]
     assert weight is not None
     names = owners[id(weight)]
@@ -439,9 +450,10 @@ def _obstacle(module: nn.Module, param: str, owners: dict[int, list[str]]) -> st
         return f"a tensor subclass ({type(weight.data).__name__}), whose format would be lost"
     if weight.numel() == 0:
         return "empty"
-    if hasattr(module, param + EMBEDDING):
-        return f"the layer has an attribute {param + EMBEDDING} already"
-    return None
+    for name in (param + EMBEDDING, param + CONSTANTS, HYPERNET):
+        if hasattr(module, name):
+            return f"the layer has an attribute {name} already"
+    return written_parameter(module, [param])
 
 
 _DYNAMIC_KINDS = ("lstm", "rnn")
@@ -453,7 +465,7 @@ def _is_dynamic(module: nn.Module, paths: list[str], config: HyperConfig) -> boo
         return False
     if isinstance(config.lstm, str):
         return config.lstm == "dynamic"
-    forms = (form for glob, form in dict(config.lstm).items() if _matches(paths, [glob]))
+    forms = (form for glob, form in dict(config.lstm).items() if matches(paths, [glob]))
     return next(forms, "static") == "dynamic"
 
 
@@ -465,33 +477,16 @@ def _dynamic_obstacle(layer: nn.RNNBase, owners: dict[int, list[str]]) -> str | 
         return "proj_size has no dynamic form"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return "has hooks, which would be lost"
-    obstacles = (_obstacle(layer, name, owners) for name in layer._parameters)
+    obstacles = (obstacle_of(layer, name, owners) for name in layer._parameters)
     return next((obstacle for obstacle in obstacles if obstacle), None)
 
 
-def _matches(paths: Iterable[str], patterns: Iterable[str]) -> bool:
+def matches(paths: Iterable[str], patterns: Iterable[str]) -> bool:
     """Whether a pattern matches one of a layer's paths, or a module that the layer is part of."""
     prefixes = set(paths)
     for path in paths:
         prefixes.update(path[:at] for at, char in enumerate(path) if char == ".")
     return any(fnmatchcase(prefix, pattern) for pattern in patterns for prefix in prefixes)
-
-
-def _runs_its_children(model: nn.Module) -> bool:
-    """Whether the root calls whatever children it has, so that a hypernetwork among them would run.
-
-    True for torch's containers and for classes whose forward goes over `children()` or the like.
-    """
-    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        return True
-    own = itertools.takewhile(lambda cls: cls is not nn.Module, type(model).__mro__)
-    iterators = {"children", "named_children", "modules", "named_modules", "_modules"}
-    return any(
-        name.startswith("forward") and iterators & set(function.__code__.co_names)
-        for cls in own
-        for name, function in vars(cls).items()
-        if inspect.isfunction(function)
-    )
 
 
 def _check_model(model: nn.Module) -> None:
@@ -502,7 +497,7 @@ def _check_model(model: nn.Module) -> None:
         if isinstance(module, Generated):
             raise ModelError(
                 f"{where} is hyperized already; convert it with to_dense() first, or hyperize "
-                "the whole model in one call."
+                "parts without generated layers, one by one: model.head = hyperize(model.head)."
             )
         if wrapper := wrapper_of(module):
             raise ModelError(f"{where} is wrapped by {wrapper[0]}; {wrapper[1]}.")
@@ -514,14 +509,6 @@ def _check_model(model: nn.Module) -> None:
             )
         if any(type(t).__name__ == "DTensor" for t in tensors):
             raise ModelError(f"{where} holds DTensors; hyperize the model before sharding it.")
-
-
-def _check_host(host: nn.Module) -> None:
-    if hasattr(host, HYPERNET):
-        raise ModelError(
-            f"{type(host).__name__} has an attribute {HYPERNET!r} already, the name under which "
-            "the generator is registered; rename the attribute."
-        )
 
 
 def _check_devices(model: nn.Module, sites: Iterable[Site]) -> None:
@@ -557,7 +544,7 @@ def _check_layers(selected: dict[str, nn.Module]) -> None:
 
 def _near_misses(pattern: str, names: list[str]) -> str:
     """The end of a sentence about a pattern that matches none of the names."""
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+    near = difflib.get_closematches(pattern, names, n=3, cutoff=0.5)
     return f"; near misses: {', '.join(near)}" if near else ""
 
 
@@ -565,7 +552,7 @@ def _check_forms(config: HyperConfig, layers: list[list[str]]) -> None:
     """Each glob of `config.lstm` has to match a recurrent layer."""
     globs = [] if isinstance(config.lstm, str) else list(dict(config.lstm))
     for glob in globs:
-        if not any(_matches(paths, [glob]) for paths in layers):
+        if not any(matches(paths, [glob]) for paths in layers):
             hint = _near_misses(glob, [path for paths in layers for path in paths])
             raise ConfigError(f"lstm pattern {glob!r} matches no nn.LSTM or nn.RNN{hint}.")
 
@@ -574,25 +561,33 @@ def _check_targets(config: HyperConfig) -> None:
     kinds = registered_kinds()
     for kind in config.targets:
         if kind not in kinds:
-            near = difflib.get_close_matches(kind, kinds)
+            near = difflib.get_closematches(kind, kinds)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
                 f"unknown target {kind!r}; {hint}The registered kinds are {', '.join(kinds)}."
             )
 
 
-def _check_patterns(
-    config: HyperConfig, paths: dict[nn.Module, list[str]], targets: Iterable[nn.Module]
+def check_patterns(
+    option: str, patterns: Iterable[str], layers: Iterable[list[str]], what: str
 ) -> None:
-    """Each include pattern has to match a target, each exclude pattern a module."""
-    for option, candidates in (("include", list(targets)), ("exclude", list(paths))):
-        names = [name for module in candidates for name in paths[module]]
-        for pattern in getattr(config, option):
-            if pattern == "*" or any(_matches(paths[m], [pattern]) for m in candidates):
-                continue
-            hint = _near_misses(pattern, names)
-            what = f"layer of kind {', '.join(config.targets)}" if option == "include" else "module"
-            raise ConfigError(
-                f"{option} pattern {pattern!r} matches no {what}{hint}. Patterns are globs over "
-                'module paths, as "layer1", "layer1.*" or "*.conv1".'
-            )
+    """Each pattern has to match something.
+
+    Args:
+        option: Which option has the patterns.
+        patterns: Globs over module paths.
+        layers: The paths of each module that may match.
+        what: What these are.
+
+    Raises:
+        ConfigError: A pattern matches none of them.
+    """
+    candidates = list(layers)
+    for pattern in patterns:
+        if pattern == "*" or any(matches(paths, [pattern]) for paths in candidates):
+            continue
+        hint = _near_misses(pattern, [path for paths in candidates for path in paths])
+        raise ConfigError(
+            f"{option} pattern {pattern!r} matches no {what}{hint}. Patterns are globs over "
+            'module paths, as "layer1", "layer1.*" or "*.conv1".'
+        )

@@ -8,17 +8,19 @@ regularisation, which acts on the GENERATED kernels and not on what generates th
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hyperize.config import ConfigError, ModelError
+from hyperize.dynamic import HyperLSTMCell, HyperRNNCell
 from hyperize.hypernet import HyperNet
-from hyperize.layers import EMBEDDING, Generated
+from hyperize.layers import Generated
+from hyperize.tiling import Grid
 
 __all__ = ["GeneratedL2", "generated_l2", "param_groups"]
 
@@ -79,7 +81,10 @@ def _spared(model: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(module, HyperNet):
             yield from module.parameters()
         elif isinstance(module, Generated):
-            yield from (getattr(module, name + EMBEDDING) for name in module.generated)
+            yield from (module.embedding(name) for name in module.generated)
+        elif isinstance(module, (HyperLSTMCell, HyperRNNCell)):
+            gains = (module.ln_weight, module.hyper_ln_weight)
+            yield from (gain for gain in gains if gain is not None)
         elif isinstance(module, _NORMS):
             yield from module.parameters(recurse=False)
         if callable(names := getattr(module, "no_weight_decay", None)):
@@ -91,9 +96,10 @@ class GeneratedL2:
     """The sum of squares of the weights generated within `generated_l2`; call it for the value."""
 
     def __init__(self) -> None:
-        # (number of the hypernetwork, of the site) -> the hypernetwork, what it has put out (the
-        # weight or its factors), and whether the forward pass recorded a graph for it
-        self._outputs: dict[tuple[int, int], tuple[HyperNet, Any, bool]] = {}
+        # number of an embedding -> the embedding, the hypernetwork, what it has put out (the weight
+        # or its factors) with its grid, and whether the forward pass recorded a graph for it
+        self._outputs: dict[int, tuple[Tensor, HyperNet, Any, Grid, bool]] = {}
+        self._thread = threading.get_ident()
 
     def __call__(self) -> Tensor:
         """The penalty, a scalar attached to the graph of the forward pass.
@@ -120,24 +126,27 @@ class GeneratedL2:
                 "Run the forward pass without no_grad(); checkpoint with use_reentrant=False."
             )
         squares = []
-        for (_, site), (hypernet, output, _) in self._outputs.items():
-            weight = output if isinstance(output, Tensor) else hypernet.expand(output, site)
+        for _, hypernet, output, grid, _ in self._outputs.values():
+            weight = output if isinstance(output, Tensor) else hypernet.expand(output, grid)
             wide = torch.promote_types(weight.dtype, torch.float32)  # half's range is too small
             squares.append(weight.to(wide).square().sum())
         return torch.stack(squares).sum()
 
-    def _record(self, number: int, hypernet: HyperNet, args: tuple[Any, ...], output: Any) -> None:
+    def _record(self, hypernet: HyperNet, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the hypernetwork.
 
         It only keeps references. Arithmetic here would be part of a checkpointed region, whose
         recomputation has to repeat it exactly.
         """
-        sites, outputs = args[1], output
-        if not isinstance(sites, tuple):
-            sites, outputs = (sites,), (output,)
-        for site, output in zip(sites, outputs, strict=True):
+        if threading.get_ident() != self._thread:
+            return  # a forward pass of somebody else's
+        embeddings, _, grids = args[:3]
+        if isinstance(grids, Grid):
+            embeddings, grids, output = (embeddings,), (grids,), (output,)
+        for embedding, grid, out in zip(embeddings, grids, output, strict=True):
             # The newest replaces an older one: parameters may have changed in between
-            self._outputs[number, site] = (hypernet, output, torch.is_grad_enabled())
+            record = (embedding, hypernet, out, grid, torch.is_grad_enabled())
+            self._outputs[id(embedding)] = record
 
 
 @contextmanager
@@ -147,6 +156,7 @@ def generated_l2(hyper: nn.Module) -> Iterator[GeneratedL2]:
     Nothing is generated twice: the penalty is of the very tensors that the forward pass used. Where
     layers compute with factors (`HyperConfig.factorized`), their weights are made for the penalty.
     It works with modules used several times, under autocast, and with non-reentrant checkpointing.
+    Forward passes that other threads run meanwhile are left out.
 
         with generated_l2(hyper) as l2:
             loss = F.cross_entropy(hyper(images), labels)
@@ -156,8 +166,8 @@ def generated_l2(hyper: nn.Module) -> Iterator[GeneratedL2]:
     SGD. Enter the block anew for each step, and call `l2()` before the backward pass.
 
     Args:
-        hyper: A hyperized model, wrapped or not, or the graph of one from `as_graph`; its
-            hypernetwork carries a forward hook inside the block.
+        hyper: A hyperized model, wrapped or not, a part of one, or the graph of one from
+            `as_graph`; its hypernetworks carry a forward hook inside the block.
 
     Yields:
         The penalty, to be called.
@@ -175,7 +185,6 @@ def generated_l2(hyper: nn.Module) -> Iterator[GeneratedL2]:
         )
     penalty = GeneratedL2()
     with ExitStack() as hooks:
-        for number, hypernet in enumerate(hypernets):
-            hook = hypernet.register_forward_hook(partial(penalty._record, number))
-            hooks.callback(hook.remove)
+        for hypernet in hypernets:
+            hooks.callback(hypernet.register_forward_hook(penalty._record).remove)
         yield penalty

@@ -1,0 +1,471 @@
+"""The families of generators: the ways in which embeddings make a weight, one class for each.
+
+Every family is linear in each of its parts (arXiv 1609.09106, sec. 3.1, has no nonlinearity either),
+and ends with one matrix product per weight, whose right side comes from the head of the weight's
+kernel size. With the embedding z of a tile, a scale s and an offset o of each weight:
+
+    one layer     K   = s (W_out z + B_out) + o                  one row of `trail` kernels a tile
+    two layers    a_i = W_i z + B_i, i = 1..lead                 the paper's eq. 4
+                  K_i = s (W_out a_i + B_out) + o
+    channels      K_ij = s (W_out (u_i * v_j) + B_out) + o       one kernel; u, v of its channels
+
+A family is registered by `register_family`, and asked for by `HyperConfig.embeddings`. Planner,
+hypernetwork, fit and factors know families by the methods of `Family` only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hyperize.config import EMBEDDINGS, ConfigError, HyperConfig
+from hyperize.products import linear
+from hyperize.tiling import Grid, Head, channels, first, kernel_name, make_grid
+
+if TYPE_CHECKING:
+    from hyperize.hypernet import HyperNet
+    from hyperize.solver import Problem
+
+__all__ = ["Family", "register_family"]
+
+Geometry = tuple[int, tuple[Head, ...]]
+"""The lead of all tiles, and the heads."""
+Factors = tuple[Tensor, Tensor, Tensor]
+"""x (R * P, d), weight (w * k, d) and bias (w * k,), of which `linear` makes a weight's rows."""
+Site = tuple[Tensor, Tensor, Grid]
+"""What a weight is made of beside the hypernetwork: embeddings, scale and offset (2,), grid."""
+
+LEAD = 16
+"""Tile channels along the trunk axis, the paper's, unless the request needs another number."""
+MAX_HIDDEN = 64
+"""The paper's hidden size; generation costs about this many multiply-adds per weight and more."""
+TILE_WEIGHTS = (256, 1152)
+"""Bounds of the weights in a tile: below, the embeddings dominate; above, the arithmetic does.
+
+Each weight costs as many multiply-adds as an embedding is long, which at 10x is a tenth of this.
+Tiles of half the size that fits best miss about a tenth more of the squared norm.
+"""
+SLENDER = 0.85
+"""Weights in a tile over those of a square matrix of tiles, where there is no hidden layer.
+
+It makes tiles of 64 kernels in ResNet-20 and ResNet-56 on CIFAR-10. Of 8 to 128 kernels, about 64
+trained fastest from scratch, and fitted trained weights best, or nearly, by `fit_` with data.
+"""
+EXPONENTS = sorted(range(-6, 9), key=abs)
+"""Powers of two by which tiles differ from the preferred size, the nearest first."""
+
+
+class Family:
+    """One way to make weights from embeddings. Subclass it and override what differs.
+
+    Attributes:
+        name: What plans call it; unique.
+        embeddings: The value of `HyperConfig.embeddings` that asks for it.
+        degree: Number of embeddings that are multiplied with each other.
+    """
+
+    name: str
+    embeddings: str
+    degree: int = 1
+
+    # ------------------------------------------------------------------------------ sizes, counts
+
+    def serves(self, config: HyperConfig) -> bool:
+        """Whether a request leaves room for this family."""
+        return config.embeddings == self.embeddings
+
+    def geometries(
+        self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
+    ) -> Iterator[Geometry]:
+        """The tiles that it can have for weights of these shapes, from the preferred ones on."""
+        raise NotImplementedError
+
+    def hidden_dims(self, tiles: int, geometry: Geometry, config: HyperConfig) -> Sequence[int]:
+        """Sizes of the hidden layer to try for a geometry, from the preferred one on; 0 for none."""
+        return [0]
+
+    def grid(self, shape: Sequence[int], lead: int, head: Head, axis: int) -> Grid:
+        """How a weight is cut, and how many embeddings it has."""
+        return make_grid(shape, lead, head, axis)
+
+    def shared(self, lead: int, hidden: int, nz: Any) -> dict[str, tuple[Any, Any]]:
+        """Layers besides the heads: name -> inputs and outputs; for arrays of nz, too."""
+        return {}
+
+    def fan_in(self, hidden: int, nz: Any) -> Any:
+        """Inputs of each head."""
+        return nz
+
+    def macs(self, grid: Grid, hidden: int, nz: int) -> int:
+        """Multiply-adds of generating one weight."""
+        shared = sum(a * b for a, b in self.shared(grid.lead, hidden, nz).values())
+        row = self.fan_in(hidden, nz) * grid.width * grid.elements
+        return grid.tiles * shared + grid.rows * grid.parts * int(row)
+
+    def factorized_macs(self, grid: Grid, size: int) -> tuple[int, int] | None:
+        """Multiply-adds of a layer that computes with factors, and numbers between its products.
+
+        Args:
+            grid: Of the layer's weight.
+            size: Inputs of the heads, and one more for the bias.
+
+        Returns:
+            Both per position of the output; None if there are no such factors.
+        """
+        return None
+
+    # --------------------------------------------------------------------------------- arithmetic
+
+    def factors(self, net: HyperNet, site: Site) -> Factors:
+        """The last product of a weight, scaled and shifted, in its memory order."""
+        raise NotImplementedError
+
+    def thin_factors(self, net: HyperNet, site: Site) -> tuple[Tensor, ...]:
+        """The weight's factors as `hyperize.factorized.multiply` takes them."""
+        raise NotImplementedError
+
+    def silence(self, z: Tensor, grid: Grid) -> None:
+        """Sets embeddings, in place, to what makes a constant weight and still learns."""
+        z.zero_()
+
+    # ---------------------------------------------------------------------------------------- fit
+
+    def start(self, problem: Problem) -> None:
+        """Sets what the fit starts from, whatever it was; here at random."""
+        problem.randomise()
+
+    def split(self, grid: Grid) -> list[int]:
+        """How many of a weight's embeddings, in order, belong to each block of the fit."""
+        return [grid.tiles]
+
+    def blocks(self, net: HyperNet, z: Mapping[Any, list[Tensor]]) -> list[list[Tensor]]:
+        """Groups of tensors in each of which all weights are affine, the others held.
+
+        Args:
+            net: The hypernetwork.
+            z: The embeddings of each weight, divided as `split` says.
+        """
+        embeddings = [list(part) for part in zip(*z.values(), strict=True)]
+        layers = [list[Tensor](layer.parameters()) for layer in net.children()]
+        return [*embeddings, *(layer for layer in layers if layer)]
+
+    def readers(self, net: HyperNet) -> list[nn.Module]:
+        """The layers that multiply embeddings, whose weights have one column for each component."""
+        return list(net.heads.children())
+
+
+class OneLayer(Family):
+    """A tile is one row of kernels, a linear function of its embedding."""
+
+    name, embeddings = "one layer", "tile"
+
+    def serves(self, config: HyperConfig) -> bool:
+        return super().serves(config) and not config.hidden_dim and config.leads in (set(), {1})
+
+    def geometries(
+        self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
+    ) -> Iterator[Geometry]:
+        """The matrix of tiles of each kernel size should be near square.
+
+        Embeddings and head, of (tiles + weights per tile) * Nz parameters in all, then hold the
+        longest embedding for their size.
+        """
+        if config.tile is not None:
+            yield _given(shapes, config)
+            return
+        rows = _rows(shapes, config.trunk_axis)
+        square = _square(rows)
+        sizes = {k: SLENDER * min(square, math.sqrt(of.total())) for k, of in rows.items()}
+        elements = _kernels(shapes)
+        for exponent in EXPONENTS:
+            trails = {k: size * 2.0**exponent / elements[k] for k, size in sizes.items()}
+            yield 1, _heads(trails, elements, rows if config.factorized else {})
+
+    def factorized_macs(self, grid: Grid, size: int) -> tuple[int, int] | None:
+        if grid.blocks is None:
+            return None
+        parts, folds = grid.blocks
+        macs = parts * grid.width * grid.elements + grid.rows * grid.parts * folds
+        return macs * size, parts * folds * size + (grid.turned[0] if folds > 1 else 0)
+
+    def hidden(self, net: HyperNet, z: Tensor, scale: Tensor | None, grid: Grid) -> Tensor:
+        """What the head multiplies, (R * P, d), scaled where the numbers are still few."""
+        return z if scale is None else z * scale
+
+    def factors(self, net: HyperNet, site: Site) -> Factors:
+        z, (scale, offset), grid = site
+        weight, bias = _used(net, grid)
+        return self.hidden(net, z, scale, grid), weight, bias * scale + offset
+
+    def thin_factors(self, net: HyperNet, site: Site) -> tuple[Tensor, ...]:
+        z, (scale, offset), grid = site
+        assert grid.blocks is not None
+        parts, folds = grid.blocks
+        weight, bias = _used(net, grid)
+        # A layer multiplies with the second factor first where rows are outputs (axis 0). The scale
+        # is in the factor that comes first, so that what lies between fits into half precision.
+        outer = with_ones(self.hidden(net, z, scale if grid.axis else None, grid))
+        inner = with_column(weight if grid.axis else weight * scale, bias * scale + offset)
+        return (
+            outer.view(-1, parts, outer.shape[-1]),  # (rows, parts, d + 1)
+            inner.view(folds, -1, *grid.shape[2:], inner.shape[-1]),  # (folds, w, *k, d + 1)
+        )
+
+    def start(self, problem: Problem) -> None:
+        """By the truncated decomposition of the tiles, padding taken as zero."""
+        for kernel in problem.net.heads:
+            members = [at for at, grid in enumerate(problem.grids) if grid.kernel == kernel]
+            if members:  # all layers of a kernel size may have been replaced since
+                weight, bias = problem.net.head(kernel)
+                bias.copy_(problem.decompose({at: problem.rows(at) for at in members}, weight))
+
+
+class TwoLayers(OneLayer):
+    """The paper's: a trunk, shared by all weights, makes each row of a tile an input of the head."""
+
+    name = "two layers"
+
+    def serves(self, config: HyperConfig) -> bool:
+        rows = bool(config.hidden_dim) or config.leads != {1}
+        return Family.serves(self, config) and config.hidden_dim != 0 and rows
+
+    def geometries(
+        self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
+    ) -> Iterator[Geometry]:
+        """The matrix of all tiles should be near square, and tiles have about `LEAD` rows."""
+        if config.tile is not None:
+            yield _given(shapes, config)
+            return
+        elements, rows = _kernels(shapes), _rows(shapes, config.trunk_axis)
+        square = _square(rows)
+        candidates = sorted(
+            (abs(math.log2(lead / LEAD)) + abs(exponent), lead, square * 2.0**exponent)
+            for lead in (1, 2, 4, 8, 16, 32, 64)
+            for exponent in EXPONENTS
+            if lead > 1 or config.hidden_dim
+        )
+        for _, lead, size in candidates:
+            trails = {k: size / (lead * n) for k, n in elements.items()}
+            yield lead, _heads(trails, elements, rows if config.factorized and lead == 1 else {})
+
+    def hidden_dims(self, tiles: int, geometry: Geometry, config: HyperConfig) -> Sequence[int]:
+        if config.hidden_dim is not None:
+            return [config.hidden_dim]
+        # The trunk balances the embeddings where lead * d ~ tiles; a larger d than the widest
+        # head's output would be redundant, one above MAX_HIDDEN slow.
+        lead, heads = geometry
+        top = min(_power_of_two(tiles / lead), MAX_HIDDEN)
+        powers = [2**e for e in range(max(head.width for head in heads).bit_length() + 1)]
+        return sorted(powers, key=lambda d: (d > MAX_HIDDEN, abs(math.log2(d / top))))
+
+    def shared(self, lead: int, hidden: int, nz: Any) -> dict[str, tuple[Any, Any]]:
+        return {"trunk": (nz, lead * hidden)}
+
+    def fan_in(self, hidden: int, nz: Any) -> Any:
+        return hidden
+
+    def hidden(self, net: HyperNet, z: Tensor, scale: Tensor | None, grid: Grid) -> Tensor:
+        weight, bias = net.layer("trunk")
+        # (tiles, Nz) @ (Nz, lead * d)
+        a = linear(z, weight, bias) if scale is None else linear(z * scale, weight, bias * scale)
+        return grid.unstack(a)
+
+    def readers(self, net: HyperNet) -> list[nn.Module]:
+        return [net.get_submodule("trunk")]
+
+    def start(self, problem: Problem) -> None:
+        """By the decomposition of the tiles' rows, then that of what it leaves of the tiles."""
+        rows = {}
+        for kernel in problem.net.heads:
+            members = [at for at, grid in enumerate(problem.grids) if grid.kernel == kernel]
+            weight, bias = problem.net.head(kernel)
+            gram = weight.new_zeros(len(weight), len(weight))
+            for at in members:
+                x = problem.rows(at)
+                gram[: x.shape[1], : x.shape[1]] += x.t() @ x * problem.pull(at)
+            basis = eigh(gram)[1].flip(1)[:, : weight.shape[1]]
+            basis = F.pad(basis, (0, weight.shape[1] - basis.shape[1]))
+            weight.copy_(basis)
+            bias.zero_()
+            for at in members:
+                x = problem.rows(at)
+                # (R * P, w * k) @ (w * k, d) -> (tiles, lead * d)
+                rows[at] = problem.grids[at].stack(x @ basis[: x.shape[1]])
+        weight, bias = problem.net.layer("trunk")
+        bias.copy_(problem.decompose(rows, weight))
+
+
+class Channels(Family):
+    """A kernel comes from the product of its two channels' embeddings: a CP decomposition.
+
+    All layers share the factor over the kernel. Embeddings are those of the rows, then those of the
+    columns.
+    """
+
+    name, embeddings, degree = "channels", "channel", 2
+
+    def geometries(
+        self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
+    ) -> Iterator[Geometry]:
+        yield 1, tuple(Head(kernel, 1, elements) for kernel, elements in _kernels(shapes).items())
+
+    def grid(self, shape: Sequence[int], lead: int, head: Head, axis: int) -> Grid:
+        rows, columns = channels(shape, axis)
+        return Grid(head.kernel, tuple(shape), axis, 1, rows, 1, columns, rows + columns)
+
+    def factorized_macs(self, grid: Grid, size: int) -> tuple[int, int] | None:
+        deep = grid.elements > 1
+        macs = grid.tiles + (grid.elements if deep else 0)
+        return macs * size, 2 * size if deep else size
+
+    def factors(self, net: HyperNet, site: Site) -> Factors:
+        z, (scale, offset), grid = site
+        weight, bias = net.head(grid.kernel)
+        rows, columns = z[: grid.rows], z[grid.rows :]
+        # (columns, 1, Nz) * (k, Nz) -> (columns * k, Nz)
+        kernels = (columns[:, None] * weight).flatten(0, 1)
+        return rows * scale, kernels, (bias * scale + offset).repeat(len(columns))
+
+    def thin_factors(self, net: HyperNet, site: Site) -> tuple[Tensor, ...]:
+        z, (scale, offset), grid = site
+        weight, bias = net.head(grid.kernel)
+        sides = with_ones(z[: grid.rows]), with_ones(z[grid.rows :])
+        out, into = sides[::-1] if grid.axis else sides
+        kernel = with_column(weight, bias + offset / scale)  # (k, Nz + 1)
+        # The inputs are multiplied first, so that the scale belongs there
+        return out, into * scale, kernel.view(*grid.shape[2:], -1)
+
+    def silence(self, z: Tensor, grid: Grid) -> None:
+        z[: grid.rows] = 0  # gradients of these are not zero, as those of the others would be
+
+    def split(self, grid: Grid) -> list[int]:
+        return [grid.rows, grid.width]
+
+
+FAMILIES: dict[str, Family] = {}
+"""Families by name, in the order in which the planner prefers them."""
+
+
+def register_family(family: Family) -> Family:
+    """Makes a family of generators known, to be asked for by `HyperConfig.embeddings`.
+
+    Register it in every process that loads a model or a file with it.
+
+    Args:
+        family: An instance of a subclass of `Family`.
+
+    Returns:
+        The same.
+
+    Raises:
+        ConfigError: It is no `Family` with a name and a value of `embeddings`, or its name is
+            taken.
+    """
+    if not isinstance(family, Family):
+        raise ConfigError(f"register_family takes a Family, got {type(family).__name__}.")
+    for field in ("name", "embeddings"):
+        if not isinstance(getattr(family, field, None), str):
+            raise ConfigError(f"{type(family).__name__}.{field} must be a string.")
+    if family.name in FAMILIES:
+        raise ConfigError(f"the family {family.name!r} is registered already; choose another name.")
+    FAMILIES[family.name] = family
+    EMBEDDINGS.add(family.embeddings)
+    return family
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, rising, and eigenvectors of a symmetric matrix."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # many eigenvalues that only rounding tells apart
+        values, vectors = torch.linalg.eigh(matrix.double())
+    return values.to(matrix.dtype), vectors.to(matrix.dtype)
+
+
+def with_column(x: Tensor, column: Tensor) -> Tensor:
+    """One more column: (n, d), (n,) -> (n, d + 1)."""
+    return torch.cat([x, column[:, None]], 1)
+
+
+def with_ones(x: Tensor) -> Tensor:
+    """A column of ones, which the bias is multiplied by."""
+    return with_column(x, x.new_ones(len(x)))
+
+
+def _used(net: HyperNet, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The part of a head that a weight uses, which may be narrower than a tile."""
+    weight, bias = net.head(grid.kernel)
+    used = grid.width * grid.elements
+    return first(weight, used), first(bias, used)
+
+
+def _kernels(shapes: Mapping[tuple[int, ...], int]) -> dict[str, int]:
+    """Kernel size -> its elements."""
+    return {kernel_name(shape): math.prod(shape[2:]) for shape in shapes}
+
+
+def _rows(shapes: Mapping[tuple[int, ...], int], axis: int) -> dict[str, Counter[int]]:
+    """Kernel size -> channels of a row -> weights that have such rows."""
+    rows: dict[str, Counter[int]] = {}
+    for shape, count in shapes.items():
+        of = rows.setdefault(kernel_name(shape), Counter())
+        of[channels(shape, axis)[1]] += math.prod(shape) * count
+    return rows
+
+
+def _square(rows: Mapping[str, Counter[int]]) -> int:
+    """Weights of a tile with which the matrix of all tiles would be square, within bounds."""
+    smallest, largest = TILE_WEIGHTS
+    return min(max(math.isqrt(sum(of.total() for of in rows.values())), smallest), largest)
+
+
+def _given(shapes: Mapping[tuple[int, ...], int], config: HyperConfig) -> Geometry:
+    """The tiles that the request names, of which the other sites have been set aside."""
+    lead, heads = 0, []
+    for kernel, elements in _kernels(shapes).items():
+        tile = config.tile_of(kernel)
+        assert tile is not None
+        lead = tile[config.trunk_axis]  # the same for all, which HyperConfig sees to
+        heads.append(Head(kernel, tile[1 - config.trunk_axis], elements))
+    return lead, tuple(heads)
+
+
+def _heads(
+    trails: Mapping[str, float], elements: Mapping[str, int], rows: Mapping[str, Counter[int]]
+) -> tuple[Head, ...]:
+    """Heads whose trails are near the values given; lined up with rows, where these are given."""
+    return tuple(
+        Head(k, _lined_up(trail, rows[k]) if rows else _power_of_two(trail), elements[k])
+        for k, trail in trails.items()
+    )
+
+
+def _lined_up(trail: float, columns: Mapping[int, int]) -> int:
+    """The trail near a value whose tiles end with the rows of most weights.
+
+    Args:
+        trail: The value; not more than half of an octave away from it.
+        columns: Channels of a row -> number of weights that have such rows.
+    """
+    low = max(1, math.ceil(trail / math.sqrt(2)))
+    trails = np.arange(low, max(low, int(trail * math.sqrt(2))) + 1)
+    lengths, weights = (np.array(side) for side in zip(*columns.items(), strict=True))
+    many, few = trails[:, None], lengths[None]
+    ends = ((few % many == 0) | (many % few == 0)) @ weights
+    return int(min(trails[ends == ends.max()], key=lambda near: abs(math.log(near / trail))))
+
+
+def _power_of_two(value: float) -> int:
+    """The power of two nearest to a value, on the logarithmic scale; at least 1."""
+    return 1 if value <= 1 else 2 ** round(math.log2(value))
+
+
+for _family in (OneLayer(), TwoLayers(), Channels()):
+    register_family(_family)

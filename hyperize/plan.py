@@ -1,0 +1,261 @@
+"""Plans: what `hyperize` will build, in integers. No tensors, so they work on the meta device.
+
+The parameters are, exactly, of embeddings of length Nz and a hidden layer of size d (or none, then
+the heads have Nz inputs), with lead, trail and k as in `hyperize.tiling`:
+
+    tiles * Nz  +  lead * d * (Nz + 1)  +  sum over heads of trail * k * ((d or Nz) + 1).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from hyperize.config import ConfigError, HyperConfig, Tile
+from hyperize.families import FAMILIES, Family
+from hyperize.sites import DynamicSite, Site, Skip, Untargeted
+from hyperize.tiling import Grid, Head, kernel_name
+
+__all__ = ["Plan"]
+
+BALANCE = 256
+"""Multiply-adds that are taken to last as long as writing a number to memory and reading it.
+
+Of 128 to 1,024 it made ResNets fastest on a CPU. A GPU's peak figures are about 500.
+"""
+
+
+@dataclass(frozen=True)
+class PlannedSite:
+    """A site with its place in the hypernetwork.
+
+    Attributes:
+        site: What is generated.
+        grid: How it is tiled.
+        hyper_params: Parameters of its embeddings, `grid.tiles` times the embedding dimension.
+    """
+
+    site: Site
+    grid: Grid
+    hyper_params: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `hyperize` will build, in integers. `print(plan)` explains it.
+
+    Attributes:
+        config: The request.
+        family_name: Which of `hyperize.families` makes the weights; empty if nothing is generated.
+        sites: What is generated, in order.
+        dynamic: Recurrent layers in whose place a dynamic hypernetwork comes.
+        skips: Targets that stay dense, with reasons.
+        untargeted: Layers of known kinds that are not targets.
+        order: How the sites were found.
+        lead: Tile channels along the trunk axis.
+        heads: The output layers, one per kernel size.
+        embedding_dim: Nz.
+        hidden_dim: d; 0 for no hidden layer and no trunk.
+        total_params: Parameters of the whole dense model.
+        total_bytes: Bytes of its parameters and buffers.
+        model: Name of the model's class.
+        root: Path of the module that was hyperized, where it is a part of the model.
+        notes: Remarks for the user, e.g. a default request that explicit sizes do not meet.
+    """
+
+    config: HyperConfig
+    family_name: str
+    sites: tuple[PlannedSite, ...]
+    dynamic: tuple[DynamicSite, ...]
+    skips: tuple[Skip, ...]
+    untargeted: tuple[Untargeted, ...]
+    order: str
+    lead: int
+    heads: tuple[Head, ...]
+    embedding_dim: int
+    hidden_dim: int
+    total_params: int
+    total_bytes: int
+    model: str = ""
+    root: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def dense_params(self) -> int:
+        """Parameters of the dense model that are rewritten: generated weights, dynamic layers."""
+        generated = sum(planned.site.dense_params for planned in self.sites)
+        return generated + sum(site.dense_params for site in self.dynamic)
+
+    @property
+    def tiles(self) -> int:
+        """Number of tiles, each with its own embedding."""
+        return sum(planned.grid.tiles for planned in self.sites)
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of all embeddings."""
+        return sum(planned.hyper_params for planned in self.sites)
+
+    @property
+    def family(self) -> Family:
+        """The family that makes the weights; of a plan without weights, any."""
+        return FAMILIES[self.family_name or next(iter(FAMILIES))]
+
+    @property
+    def shared(self) -> dict[str, tuple[int, int]]:
+        """The hypernetwork's layers besides the heads: name -> inputs and outputs."""
+        return self.family.shared(self.lead, self.hidden_dim, self.embedding_dim)
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of a head: d, or Nz where there is no hidden layer."""
+        return int(self.family.fan_in(self.hidden_dim, self.embedding_dim))
+
+    @property
+    def hypernet_params(self) -> int:
+        """Parameters of the shared hypernetwork."""
+        sizes = [*self.shared.values(), *((self.fan_in, head.width) for head in self.heads)]
+        return sum((n_in + 1) * n_out for n_in, n_out in sizes)
+
+    @property
+    def hyper_params(self) -> int:
+        """Parameters of the hypernetwork, all embeddings and the dynamic layers."""
+        dynamic = sum(site.hyper_params for site in self.dynamic)
+        return self.hypernet_params + self.embedding_params + dynamic
+
+    @property
+    def compression(self) -> float:
+        """`dense_params / hyper_params`."""
+        return self.dense_params / self.hyper_params
+
+    @property
+    def total_hyper_params(self) -> int:
+        """Parameters of the whole model after the rewrite."""
+        return self.total_params - self.dense_params + self.hyper_params
+
+    @property
+    def tile(self) -> dict[str, Tile]:
+        """The tiles as `HyperConfig.tile` takes them."""
+        pairs = {head.kernel: (self.lead, head.trail) for head in self.heads}
+        if self.config.trunk_axis == 1:
+            pairs = {kernel: pair[::-1] for kernel, pair in pairs.items()}
+        return pairs
+
+    @property
+    def generator_macs(self) -> int:
+        """Multiply-adds of generating every weight once."""
+        return sum(self.macs_of(planned) for planned in self.sites)
+
+    def macs_of(self, planned: PlannedSite) -> int:
+        """Multiply-adds of generating one weight."""
+        return self.family.macs(planned.grid, self.hidden_dim, self.embedding_dim)
+
+    def factorized_macs(self, planned: PlannedSite) -> int | None:
+        """Multiply-adds per position of the output, of computing with a weight's factors.
+
+        The weight itself takes as many as it has elements. None where the layer computes with the
+        weight also if `HyperConfig.factorized`: where the factors would take as long, with
+        `BALANCE` for each number between two products; where the family has no factors for it, as
+        where rows of the weight end within tiles; and in other layers than `Site.plain` ones.
+        """
+        counts = None
+        if planned.site.plain:
+            counts = self.family.factorized_macs(planned.grid, self.fan_in + 1)
+        if counts is None:
+            return None
+        macs, between = counts
+        return macs if macs + BALANCE * between < planned.site.dense_params else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # immutable; every copy of a model would copy it otherwise
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready values; the inverse of `from_dict`."""
+        fields = asdict(replace(self, config=HyperConfig(), sites=()))
+        sites = [asdict(planned.site) for planned in self.sites]
+        return fields | {"config": self.config.to_dict(), "sites": sites}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """A plan from the output of `to_dict`, also after a round trip through JSON.
+
+        Raises:
+            ConfigError: The data does not describe a plan.
+        """
+        try:
+            heads = {head["kernel"]: Head(**head) for head in data["heads"]}
+            plan = cls(
+                **dict(data)
+                | {
+                    "config": HyperConfig.from_dict(data["config"]),
+                    "sites": (),
+                    "dynamic": tuple(DynamicSite(**_tuples(site)) for site in data["dynamic"]),
+                    "skips": tuple(Skip(**skip) for skip in data["skips"]),
+                    "untargeted": tuple(Untargeted(**kind) for kind in data["untargeted"]),
+                    "heads": tuple(heads.values()),
+                    "notes": tuple(data["notes"]),
+                }
+            )
+            sites = (Site(**_tuples(site)) for site in data["sites"])
+            return replace(plan, sites=tuple(plan.place(site, heads) for site in sites))
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+            raise ConfigError(f"not the description of a plan: {error!r}.") from error
+
+    def place(self, site: Site, heads: Mapping[str, Head]) -> PlannedSite:
+        """A site with its place among this plan's heads, by kernel size."""
+        head = heads[kernel_name(site.shape)]
+        grid = self.family.grid(site.shape, self.lead, head, self.config.trunk_axis)
+        return PlannedSite(site, grid, grid.tiles * self.embedding_dim)
+
+    def __str__(self) -> str:
+        kernels = Counter(planned.grid.kernel for planned in self.sites)
+        nz, d = self.embedding_dim, self.fan_in
+        lines = [f"{len(self.sites)} weights in {self.tiles:,} tiles, {self.order}"]
+        generator = [
+            *(
+                f"{name:<8}{n_in} -> {self.lead} x {n_out // self.lead}   "
+                f"{(n_in + 1) * n_out:,} parameters"
+                for name, (n_in, n_out) in self.shared.items()
+            ),
+            *(
+                f"head    {d} -> {h.trail} x {h.kernel}   {h.width * (d + 1):,} parameters, "
+                f"{kernels[h.kernel]} weights"
+                for h in self.heads
+            ),
+            f"{self.config.embeddings:<8}{self.tiles:,} embeddings of {nz}   "
+            f"{self.embedding_params:,} parameters",
+        ]
+        lines += generator if self.sites else []
+        if self.config.factorized and self.sites:
+            macs = {p.site: n for p in self.sites if (n := self.factorized_macs(p)) is not None}
+            weights = sum(site.dense_params for site in macs)
+            lines.append(
+                f"factors {len(macs)} weights are not generated: {sum(macs.values()):,} "
+                f"multiply-adds per position instead of {weights:,}"
+            )
+        lines += [
+            f"dynamic {site.path or 'the model'}: {site.kind}, {site.dense_params:,} -> "
+            f"{site.hyper_params:,} parameters"
+            for site in self.dynamic
+        ]
+        lines += [
+            f"total   {self.dense_params:,} -> {self.hyper_params:,}, "
+            f"compression {self.compression:.2f}; whole model {self.total_params:,} -> "
+            f"{self.total_hyper_params:,}",
+        ]
+        reasons: Counter[str] = Counter()
+        for skip in self.skips:
+            reasons[skip.reason] += skip.params
+        lines += [f"skipped {params:,} weights: {why}" for why, params in reasons.items()]
+        lines += [
+            f"dense   {u.kind}: {u.layers} layers, {u.params:,} weights, not a target"
+            for u in self.untargeted
+        ]
+        return "\n".join([*lines, *(f"note    {note}" for note in self.notes)])
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The lists of JSON as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}

@@ -1,0 +1,351 @@
+"""The least-squares problem of a fit, and the alternation over blocks that lowers it.
+
+The weights of all sites are affine in each block of a family, with the others held. Each block is
+solved by conjugate gradients through the generator itself, so that padding, folding and every shape
+of site are what they are in the forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import cast
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from hyperize.families import eigh
+from hyperize.hypernet import Affine, HyperNet
+from hyperize.teacher import Moments
+from hyperize.tiling import Grid
+
+__all__: list[str] = []
+
+_INNER = 5
+"""Conjugate gradients per block and sweep; more of them wait for the other blocks."""
+_APPROACH = 100
+"""Sweeps from a random start, at most."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight to fit.
+
+    Attributes:
+        name: Name of the dense parameter.
+        grid: How it is tiled.
+        weight: The teacher's.
+        moments: Of what it multiplies; None to count all its numbers alike.
+    """
+
+    name: str
+    grid: Grid
+    weight: Tensor
+    moments: Moments | None = None
+
+
+class Problem:
+    """The least-squares problem, over copies of the hypernetwork and the embeddings."""
+
+    def __init__(
+        self,
+        hypernet: HyperNet,
+        targets: Sequence[Target],
+        embeddings: list[Tensor],
+        weighting: str,
+    ) -> None:
+        self.net = copy.deepcopy(hypernet).requires_grad_(False)
+        like = next(self.net.parameters())
+        self.net.to(torch.promote_types(like.dtype, torch.float32))
+        self.family = self.net.family
+        dtype = next(self.net.parameters()).dtype
+        self.names = [target.name for target in targets]
+        self.grids = [target.grid for target in targets]
+        self.z = {
+            at: list(z.detach().to(dtype, copy=True).split(self.family.split(self.grids[at])))
+            for at, z in enumerate(embeddings)
+        }
+        """The embeddings of each weight, divided into the family's blocks."""
+        self.targets = {at: target.weight.to(dtype) for at, target in enumerate(targets)}
+        # Inputs that are always zero say nothing of a weight
+        self.moments = {
+            at: Moments(of.matrix.to(dtype), of.transposed)
+            for at, target in enumerate(targets)
+            if (of := target.moments) is not None and of.matrix.any()
+        }
+        self.constants = {at: self.targets[at].new_zeros(2) for at in self.z}
+        """Scale and offset of each weight."""
+        self.factor: dict[int, float] = {}
+        """Weight of a site's error in the objective."""
+        for at, target in self.targets.items():
+            std, mean = (float(t) for t in torch.std_mean(target, correction=0))
+            if std <= 1e-6 * abs(mean) or std == 0:  # constant: any scale does
+                std = 1 / math.sqrt(math.prod(target.shape[1:]))
+            self.constants[at] = target.new_tensor([std, mean])
+            if at in self.moments:
+                of = self.moments[at]
+                self.factor[at] = 1 / (of.norm(target) or std**2 * of.norm_of_noise(target))
+            elif self.moments:
+                norm = float(target.square().sum())
+                self.factor[at] = 1 / (norm or std**2 * target.numel())
+            else:
+                self.factor[at] = std**-2 if weighting == "relative" else 1.0
+        self.whole = sum(self._squares(at, t)[0] for at, t in self.targets.items())
+
+    def generate(self, at: int) -> Tensor:
+        """The weight of a site as it is now."""
+        return cast(Tensor, self.net(self.embedding(at), self.constants[at], self.grids[at]))
+
+    def embedding(self, at: int) -> Tensor:
+        """Its embeddings, undivided."""
+        z = self.z[at]
+        return z[0] if len(z) == 1 else torch.cat(z)
+
+    def _weigh(self, at: int, error: Tensor) -> Tensor:
+        weighed = self.moments[at].weigh(error) if at in self.moments else error
+        return weighed * self.factor[at]
+
+    def _squares(self, at: int, error: Tensor) -> tuple[float, Tensor]:
+        """A site's part of the objective, and half of its gradient."""
+        weighed = self._weigh(at, error)
+        # Rounding can make next to nothing negative
+        return max(0.0, float((error * weighed).sum(dtype=torch.float64))), weighed
+
+    # What families start with
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Sets all blocks, without regard to what they were."""
+        self.family.start(self)
+
+    def randomise(self) -> None:
+        """Draws all blocks, then fits the weights alone: outputs are too far from a random start."""
+        generator = torch.Generator("cpu").manual_seed(0)
+        for tensor in (*self.net.parameters(), *chain.from_iterable(self.z.values())):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu"))
+        for layer in self.net.modules():
+            if isinstance(layer, Affine):
+                layer.bias.zero_()
+                layer.weight.div_(math.sqrt(layer.weight.shape[1]))
+        for at, grid in enumerate(self.grids):
+            z = self.embedding(at)
+            self.family.silence(z, grid)  # so that these are the first to be solved for
+            for part, silent in zip(self.z[at], z.split(self.family.split(grid)), strict=True):
+                part.copy_(silent)
+        if not self.moments:
+            return
+        informed = self.moments, self.factor
+        self.moments = {}
+        self.factor = {at: float(self.constants[at][0]) ** -2 for at in self.z}
+        with torch.enable_grad():
+            self.alternate(_APPROACH, 1e-3)
+        self.moments, self.factor = informed
+
+    def decompose(self, rows: dict[int, Tensor], weight: Tensor) -> Tensor:
+        """Sets a layer's weight and the embeddings by principal components.
+
+        Args:
+            rows: What the layer shall make of each site's embeddings, (tiles, features) or fewer.
+            weight: The layer's weight, (features, Nz); written.
+
+        Returns:
+            The layer's bias, (features,).
+        """
+        features, length = weight.shape
+        total, mean = 0.0, weight.new_zeros(features)
+        gram = weight.new_zeros(features, features)
+        for at, x in rows.items():
+            pull, used = self.pull(at), x.shape[1]
+            mean[:used] += x.sum(0) * pull
+            gram[:used, :used] += x.t() @ x * pull
+            total += len(x) * pull
+        mean /= total
+        values, vectors = eigh(gram / total - torch.outer(mean, mean))
+        rank = min(length, features)
+        deviations = values.flip(0)[:rank].clamp_min(0).sqrt()
+        vectors = vectors.flip(1)[:, :rank]
+        # Components without any variance keep a direction, but their embeddings are zero
+        deviations = deviations.clamp_min(1e-6 * float(deviations[0]) or 1.0)
+        weight[:, :rank] = vectors * deviations
+        for at, x in rows.items():
+            used = x.shape[1]
+            self.z[at][0].zero_()
+            self.z[at][0][:, :rank] = (x - mean[:used]) @ vectors[:used] / deviations
+        return mean
+
+    def pull(self, at: int) -> float:
+        """Weight of a site in the start, in units of its scaled weights."""
+        if at in self.moments:
+            return 1.0
+        return self.factor[at] * float(self.constants[at][0]) ** 2
+
+    def rows(self, at: int) -> Tensor:
+        """A site's scaled target as rows of tiles, (rows * parts, width * k)."""
+        scale, offset = self.constants[at]
+        return self.grids[at].cut((self.targets[at] - offset) / scale)
+
+    # The sweeps: alternating least squares
+
+    def alternate(self, sweeps: int, tolerance: float) -> list[float]:
+        """Sweeps over the blocks until the objective stands.
+
+        Returns:
+            The objective at the start and after each sweep, as a share of `whole`.
+        """
+        whole = self.whole or 1.0
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("fitting", total=sweeps)
+            history = [self.objective() / whole]
+            for _ in range(sweeps):
+                tensors = [*self.net.parameters(), *chain.from_iterable(self.z.values())]
+                before = [tensor.clone() for tensor in tensors]
+                for block in self.family.blocks(self.net, self.z):
+                    self._solve(block)
+                reached = self.objective() / whole
+                if reached > history[-1]:  # by rounding, at the optimum
+                    for tensor, old in zip(tensors, before, strict=True):
+                        tensor.copy_(old)
+                    break
+                history.append(reached)
+                progress.update(
+                    task, advance=1, description=f"fitting: error {math.sqrt(history[-1]):.4f}"
+                )
+                if history[-1] > (1 - tolerance) * history[-2]:
+                    break
+            progress.update(task, total=len(history) - 1)
+        return history
+
+    @torch.no_grad()
+    def objective(self) -> float:
+        """The weighted sum of squared errors."""
+        return sum(self._squares(at, self.generate(at) - self.targets[at])[0] for at in self.z)
+
+    def _solve(self, block: list[Tensor]) -> None:
+        """Lowers the objective over one block by conjugate gradients with exact steps."""
+        self.balance()
+        for tensor in block:
+            tensor.requires_grad_(True)
+        # Affine, so that these graphs serve for every step
+        graphs = {at: self.generate(at) for at in self.z}
+        residuals = {at: w.detach().sub_(self.targets[at]) for at, w in graphs.items()}
+        # Where weighing is a large product it is not done twice
+        weighed = {at: self._weigh(at, residuals[at]) for at in self.moments}
+        direction: list[Tensor] = []
+        last = 0.0
+        before: list[Tensor] = []
+        for _ in range(_INNER):
+            gradient = self._gradient(block, graphs, residuals, weighed)
+            square = sum(float((g * g).sum(dtype=torch.float64)) for g in gradient)
+            if square == 0:
+                break
+            if direction:
+                overlap = _dot(gradient, before)
+                beta = max((square - overlap) / last, 0.0)
+                direction = [beta * d - g for d, g in zip(direction, gradient, strict=True)]
+            else:
+                direction = [-g for g in gradient]
+            before, last = gradient, square
+            if not self._step(block, direction, residuals, weighed):
+                break
+        for tensor in block:
+            tensor.requires_grad_(False)
+
+    def _gradient(
+        self,
+        block: list[Tensor],
+        graphs: dict[int, Tensor],
+        residuals: dict[int, Tensor],
+        weighed: dict[int, Tensor],
+    ) -> list[Tensor]:
+        """Half of the objective's gradient."""
+        gradient = [torch.zeros_like(tensor) for tensor in block]
+        for at, weight in graphs.items():
+            pull = weighed[at] if at in weighed else self._weigh(at, residuals[at])
+            parts = torch.autograd.grad(weight, block, pull, retain_graph=True, allow_unused=True)
+            for whole, part in zip(gradient, parts, strict=True):
+                if part is not None:
+                    whole += part
+        return gradient
+
+    @torch.no_grad()
+    def _step(
+        self,
+        block: list[Tensor],
+        direction: list[Tensor],
+        residuals: dict[int, Tensor],
+        weighed: dict[int, Tensor],
+    ) -> bool:
+        """Goes along a direction to the minimum; tells whether there was anything to gain."""
+        for tensor, d in zip(block, direction, strict=True):
+            tensor += d
+        slope = curvature = 0.0
+        changes, of_weighed = {}, {}
+        for at, residual in residuals.items():
+            changes[at] = change = self.generate(at).sub_(self.targets[at]).sub_(residual)
+            part, pull = self._squares(at, change)
+            curvature += part
+            slope += float((residual * pull).sum(dtype=torch.float64))
+            if at in weighed:
+                of_weighed[at] = pull
+        length = -slope / curvature if curvature > 0 else 0.0
+        gains = length > 0 and math.isfinite(length)
+        for tensor, d in zip(block, direction, strict=True):
+            tensor += ((length if gains else 0.0) - 1) * d
+        for all_of, steps in ((residuals, changes), (weighed, of_weighed)):
+            for at, change in steps.items() if gains else ():
+                all_of[at].add_(change, alpha=length)
+        return gains
+
+    @torch.no_grad()
+    def balance(self) -> None:
+        """Rescales each component of the embeddings to unit variance, which changes no weight.
+
+        Gradients of the layer that reads them are even then; they start that way, so that what
+        alternation does to them is put right.
+        """
+        for part in zip(*self.z.values(), strict=True):
+            squares = torch.stack([z.square().sum(0) for z in part]).sum(0)
+            deviation = (squares / sum(len(z) for z in part)).sqrt()
+            deviation = torch.where(deviation > 0, deviation, 1.0)
+            for z in part:
+                z /= deviation
+            for layer in self.family.readers(self.net):
+                cast(Affine, layer).weight.mul_(deviation)
+
+    # The end
+
+    @torch.no_grad()
+    def errors(self, at: int) -> tuple[float, float | None]:
+        """The relative errors of one weight and of its layer's outputs, where these are known."""
+        target = self.targets[at]
+        error = self.generate(at) - target
+        output = None
+        if at in self.moments:
+            output = relative(*(self.moments[at].norm(e) for e in (error, target)))
+        squares = (float(t.square().sum(dtype=torch.float64)) for t in (error, target))
+        return relative(*squares), output
+
+    @torch.no_grad()
+    def squares(self) -> tuple[float, float]:
+        """Squared errors and squared targets, in units of each weight's standard deviation."""
+        missed = whole = 0.0
+        for at, target in self.targets.items():
+            factor = float(self.constants[at][0]) ** -2
+            missed += factor * float((self.generate(at) - target).square().sum())
+            whole += factor * float(target.square().sum())
+        return missed, whole
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in zip(a, b, strict=True))
+
+
+def relative(missed: float, whole: float) -> float:
+    """A relative error from two sums of squares; 0 / 0 is none."""
+    return math.sqrt(max(missed, 0.0) / whole) if whole > 0 else math.sqrt(max(missed, 0.0))

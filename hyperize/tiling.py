@@ -1,0 +1,167 @@
+"""How a weight is cut into the tiles that a hypernetwork generates, and joined again.
+
+A tile spans `lead` channels along one axis of the weight, the trunk axis, and `trail` channels along
+the other, times the kernel (arXiv 1609.09106, sec. 3.1, with 16 by 16 channels). A weight with fewer
+than `trail` channels has several of its rows folded into one, so that depthwise and narrow layers
+fill their tiles; one with more is cut into parts of equal width. Tiles of lead 1 go over the weight
+in its memory order, across the ends of rows.
+
+Letters of shapes: R rows (channels along the trunk axis, after folding), P parts, w channels of a
+part, k elements of the kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__: list[str] = []
+
+
+@dataclass(frozen=True)
+class Head:
+    """The hypernetwork's output layer for one kernel size.
+
+    Attributes:
+        kernel: Kernel size as in "3x3"; "1" for all kernels of one element, dense layers included.
+        trail: Channels of a tile along the other axis than the trunk's.
+        kernel_elements: Elements k of the kernel.
+    """
+
+    kernel: str
+    trail: int
+    kernel_elements: int
+
+    @property
+    def width(self) -> int:
+        """Weights that the head writes per row of a tile."""
+        return self.trail * self.kernel_elements
+
+
+class Grid(NamedTuple):
+    """How one weight is cut into tiles.
+
+    Attributes:
+        kernel: Which head writes it.
+        shape: The weight's shape.
+        axis: The trunk axis.
+        lead: Rows of a tile.
+        rows: Rows R, after folding.
+        parts: Tiles P along the other axis.
+        width: Channels w of each part.
+        tiles: Number of embeddings: tiles, or channels along both axes.
+    """
+
+    kernel: str
+    shape: tuple[int, ...]
+    axis: int
+    lead: int
+    rows: int
+    parts: int
+    width: int
+    tiles: int
+
+    @property
+    def turned(self) -> tuple[int, ...]:
+        """The weight's shape with the trunk axis first."""
+        rows, columns = channels(self.shape, self.axis)
+        return rows, columns, *self.shape[2:]
+
+    @property
+    def elements(self) -> int:
+        """Elements k of the kernel."""
+        return math.prod(self.shape[2:])
+
+    @property
+    def blocks(self) -> tuple[int, int] | None:
+        """Tiles along a row, and rows in a tile, one of which is 1; None if rows end in tiles."""
+        columns = self.turned[1]
+        if self.parts > 1:
+            return self.parts, 1
+        if self.width % columns == 0:
+            return 1, self.width // columns
+        return (columns // self.width, 1) if columns % self.width == 0 else None
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The weight, contiguous, of its rows, (R * P, w * k); what they are too long is cut off."""
+        turned = self.turned
+        if self.parts > 1:
+            # (R * P, w * k) -> (R, P * w * k) -> (R, columns * k) -> turned
+            columns = math.prod(turned[1:])
+            weight = rows.view(self.rows, -1)[:, :columns].contiguous().view(turned)
+        else:
+            weight = first(rows.view(-1), math.prod(turned)).view(turned)  # (R, w * k) -> turned
+        if self.axis == 1:
+            weight = weight.transpose(0, 1).contiguous()
+        return weight if weight.ndim == len(self.shape) else weight.view(self.shape)
+
+    def cut(self, weight: Tensor) -> Tensor:
+        """The inverse of `join`: the rows of a weight, (R * P, w * k), padded with zeros."""
+        if self.axis == 1 and weight.ndim > 1:
+            weight = weight.transpose(0, 1)
+        width = self.width * self.elements
+        lines, row = (self.rows, self.parts * width) if self.parts > 1 else (1, self.rows * width)
+        flat = weight.reshape(lines, -1)  # turned -> (R, columns * k), or one line for all
+        # (lines, row) -> (R * P, w * k)
+        return F.pad(flat, (0, row - flat.shape[1])).view(-1, width)
+
+    def unstack(self, tiles: Tensor) -> Tensor:
+        """What belongs to each row, of what belongs to whole tiles: (tiles, lead * n) -> (R * P, n).
+
+        Rearranging it before the last product, while it is small, lets that product write the
+        weight in its memory order.
+        """
+        if self.lead == 1:
+            return tiles
+        # (row tiles * P, lead * n) -> (row tiles * lead, P, n), less the spare rows
+        tiles = tiles.view(-1, self.parts, self.lead, tiles.shape[1] // self.lead).transpose(1, 2)
+        n = tiles.shape[-1]
+        rows = first(tiles.reshape(-1, self.parts, n), self.rows)
+        return rows.reshape(-1, n)  # (R, P, n) -> (R * P, n)
+
+    def stack(self, rows: Tensor) -> Tensor:
+        """The inverse of `unstack`: (R * P, n) -> (tiles, lead * n), padded with zeros."""
+        n = rows.shape[1]
+        rows = rows.view(self.rows, self.parts, n)  # (R * P, n) -> (R, P, n)
+        rows = F.pad(rows, (0, 0, 0, 0, 0, -self.rows % self.lead))
+        # (row tiles * lead, P, n) -> (row tiles, P, lead, n) -> (tiles, lead * n)
+        rows = rows.view(-1, self.lead, self.parts, n).transpose(1, 2)
+        return rows.reshape(-1, self.lead * n)
+
+
+def make_grid(shape: Sequence[int], lead: int, head: Head, axis: int) -> Grid:
+    """Cuts a weight of the given shape into tiles of `lead` x `head.trail` channels."""
+    rows, columns = channels(shape, axis)
+    if lead == 1:  # a row's end need not be a tile's, so that all tiles but the last are full
+        width = min(rows * columns, head.trail)
+        rows, parts = -(-rows * columns // width), 1
+    elif columns <= head.trail:
+        fold = min(rows, head.trail // columns)
+        rows, parts, width = -(-rows // fold), 1, fold * columns
+    else:
+        parts = -(-columns // head.trail)
+        width = -(-columns // parts)
+    tiles = -(-rows // lead) * parts
+    return Grid(head.kernel, tuple(shape), axis, lead, rows, parts, width, tiles)
+
+
+def kernel_name(shape: Sequence[int]) -> str:
+    """Name of a weight's kernel size: "3x3", or "1" for one element and for no kernel at all."""
+    kernel = shape[2:]
+    return "1" if math.prod(kernel) == 1 else "x".join(map(str, kernel))
+
+
+def channels(shape: Sequence[int], axis: int) -> tuple[int, int]:
+    """Channels along an axis and along the other; a vector is a matrix of one column."""
+    both = shape[0], (shape[1] if len(shape) > 1 else 1)
+    return both[axis], both[1 - axis]
+
+
+def first(x: Tensor, length: int) -> Tensor:
+    """`x[:length]`, whose backward pass fills and copies, also where nothing is cut off."""
+    return x if len(x) == length else x[:length]
