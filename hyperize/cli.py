@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from rich.table import Table
 from torch import nn
 
 from hyperize.config import FileError, HyperConfig, HyperizeError
-from hyperize.export import export_onnx
-from hyperize.files import load, load_timm, read_header, save, save_pretrained, write_dense
+from hyperize.files import load, read_header, save, write_dense
 from hyperize.fitting import fit_
-from hyperize.planning import make_plan
+from hyperize.folders import CARD, CONFIG, WEIGHTS, load_timm, save_pretrained
+from hyperize.onnx import export_onnx
 from hyperize.reporting import WIDTH, Report, report
 from hyperize.rewrite import hyperize, to_dense
+from hyperize.search import make_plan
+from hyperize.writing import replacing
 
 __all__ = ["main"]
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     try:
+        _check_outputs(args)
         return args.run(args)
     except HyperizeError as error:
         print(f"hyperize: {error}", file=sys.stderr)
@@ -55,6 +58,100 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Looks at what a command will write, before it works; nothing is written or made here.
+
+    Args:
+        args: Of any command; one that writes no file has nothing to be checked.
+
+    Raises:
+        FileError: An output is an input or another output; is there already, without --force; is a
+            folder or a device; or its folder is missing or cannot be written to.
+    """
+    outputs = list(_outputs(args))
+    for at, (title, target, folder) in enumerate(outputs):
+        for flag, source in _inputs(args) if os.path.exists(target) else ():
+            if any(_same(target, file) for file in _files_read(source)):
+                raise FileError(
+                    f"{title} is a file that {flag} {source} reads, and no input is overwritten, "
+                    "not even with --force; name another file."
+                )
+        for other, path, _ in outputs[:at]:
+            if _same(target, path):
+                raise FileError(
+                    f"{title} is the same file as {other}, and each output needs a file of its "
+                    "own; name another file."
+                )
+        if os.path.exists(target) and not os.path.isfile(target):
+            kind = "a folder" if os.path.isdir(target) else "a device or a pipe"
+            raise FileError(f"{title} is {kind}, and the output is a file; name a file.")
+        if os.path.lexists(target) and not args.force:
+            raise FileError(
+                f"{title} exists already, and no file is overwritten unasked; name another file, "
+                "or add --force to overwrite it."
+            )
+        if not (os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)):
+            fault = "cannot be written to" if os.path.isdir(folder) else "is not a folder"
+            raise FileError(
+                f"{title} cannot be written: {folder} {fault}, and an output goes to a folder that "
+                "exists and can be written to; make it so, or name another."
+            )
+
+
+def _outputs(args: argparse.Namespace) -> Iterator[tuple[str, Path, Path]]:
+    """The files that a command will write: what errors call each, itself, and the folder for it."""
+    for flag in ("out", "html"):
+        if (value := getattr(args, flag, None)) is None:
+            continue
+        path = Path(value)
+        if flag == "out" and _is_folder(args):
+            folder = path  # which is made, with those above it
+            while not os.path.lexists(folder) and folder != folder.parent:
+                folder = folder.parent
+            for name in (WEIGHTS, CONFIG, CARD):
+                yield f"{name} in --{flag} {path}", path / name, folder
+        else:
+            yield f"--{flag} {path}", path, path.parent
+
+
+def _inputs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """The files and folders that a command reads, each after its flag."""
+    for flag, name in (
+        ("--checkpoint", "checkpoint"),
+        ("--data-dir", "data_dir"),
+        ("FILE", "file"),
+    ):
+        if (value := getattr(args, name, None)) is not None:
+            yield flag, value
+    values = list((getattr(args, "model_kwargs", None) or {}).values())
+    for value in values:  # grows: `checkpoint_path` is text, `pretrained_cfg_overlay` has some
+        if isinstance(value, dict):
+            values.extend(value.values())
+        elif isinstance(value, str):
+            yield "--model-kwargs", value
+
+
+def _files_read(source: str) -> Iterator[Path]:
+    """An input itself, or if it is a folder, the images in it."""
+    yield Path(source)
+    for folder, _, names in os.walk(source, followlinks=True):
+        for name in names:
+            if timm.data.is_img_extension(os.path.splitext(name)[1].lower()):
+                yield Path(folder, name)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same file, through links or not, there already or not."""
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _is_folder(args: argparse.Namespace) -> bool:
+    """Whether --out names a folder, which that of `convert` does unless it ends in .safetensors."""
+    return args.run is _convert and Path(args.out).suffix != ".safetensors"
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -73,9 +170,15 @@ def _plan(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     """What is in a file of hyperize.save."""
     header = read_header(args.file)
-    plan, config = header["plan"], header["timm"]
+    plans, config = header["plans"], header["timm"]
+    if not config and len(plans) > 1:
+        raise FileError(
+            f"{args.file} has {len(plans)} hypernetworks and names no timm model, without which "
+            "they have no common report; use hyperize.report(hyperize.load(model, path))."
+        )
     rounded = sorted({str(dtype).removeprefix("torch.") for dtype in header["dtypes"].values()})
-    figures = report(load_timm(args.file) if args.html and config else plan)
+    whole = config and (args.html or len(plans) > 1)
+    figures = report(load_timm(args.file) if whole else plans[0])
     facts = {
         "file": str(args.file),
         "bytes": Path(args.file).stat().st_size,
@@ -89,7 +192,7 @@ def _info(args: argparse.Namespace) -> int:
     else:
         made = ", ".join(f"{name} {number}" for name, number in header["versions"].items())
         print(f"{args.file}: {facts['bytes']:,} bytes, checksum right, written by {made}")
-        print(f"model: {config['architecture'] + ' of timm' if config else plan.model}")
+        print(f"model: {config['architecture'] + ' of timm' if config else plans[0].model}")
         if rounded:
             print(f"parameters are rounded, from {', '.join(rounded)}")
         print(f"\n{figures}")
@@ -152,11 +255,10 @@ def _images(args: argparse.Namespace, model: nn.Module) -> list[torch.Tensor]:
 def _convert(args: argparse.Namespace) -> int:
     """A file of hyperize.save, to the dense model's weights."""
     hyper = _loaded(args)
-    out = Path(args.out)
-    if out.suffix == ".safetensors":
-        written = write_dense(hyper, out, dtype=_dtype(args))
+    if _is_folder(args):
+        written = save_pretrained(hyper, args.out, dense=True, dtype=_dtype(args))
     else:
-        written = save_pretrained(hyper, out, dense=True, dtype=_dtype(args))
+        written = write_dense(hyper, args.out, dtype=_dtype(args))
     with safetensors.safe_open(written.path, framework="pt") as file:
         tensors = len(file.keys())
     sizes = f"{_megabytes(args.checkpoint)} -> {_megabytes(written.path)}"
@@ -181,8 +283,9 @@ def _export(args: argparse.Namespace) -> int:
     shapes = None if args.batch_size else ({0: torch.export.Dim("batch")},)
     program = torch.export.export(model, inputs, dynamic_shapes=shapes)
     try:
-        torch.export.save(program, out)
-    except (OSError, RuntimeError) as error:
+        with replacing(out) as part, part.open("wb") as file:  # as a path, it must end in .pt2
+            torch.export.save(program, file)
+    except RuntimeError as error:  # which torch's writer makes of an OSError
         raise FileError(f"--out {out} cannot be written: {error}") from error
     print(f"{out}: {_megabytes(out)}")
     return OK
@@ -379,6 +482,10 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="print JSON")
     page = argparse.ArgumentParser(add_help=False)
     page.add_argument("--html", metavar="F", help="write a page to look at as well")
+    force = argparse.ArgumentParser(add_help=False)
+    force.add_argument(
+        "--force", action="store_true", help="overwrite files that exist; never the input"
+    )
     rounding = argparse.ArgumentParser(add_help=False)
     rounding.add_argument(
         "--dtype", choices=("float16", "bfloat16"), help="round the parameters for the file"
@@ -387,7 +494,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "report",
         _report,
-        [model, request, output, page],
+        [model, request, output, page, force],
         "what compressing a timm model saves",
         "hyperize report resnet50 --compression 20 --html report.html",
     )
@@ -405,7 +512,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "fit",
         _fit,
-        [model, request, output, rounding],
+        [model, request, output, rounding, force],
         "fit a generator to a timm model's trained weights",
         "hyperize fit resnet18 --checkpoint resnet18.safetensors --data-dir images --out "
         "hyper.safetensors",
@@ -434,7 +541,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "convert",
         _convert,
-        [model, hyper, rounding],
+        [model, hyper, rounding, force],
         "a file of hyperize.save to dense weights",
         "hyperize convert --checkpoint hyper.safetensors --out dense.safetensors",
     )
@@ -448,7 +555,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "export",
         _export,
-        [model, hyper],
+        [model, hyper, force],
         "a file of hyperize.save to ONNX or torch.export",
         "hyperize export --checkpoint hyper.safetensors --out model.onnx",
     )
@@ -468,7 +575,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "info",
         _info,
-        [output, page],
+        [output, page, force],
         "what is in a file of hyperize.save",
         "hyperize info hyper.safetensors --html report.html",
     )

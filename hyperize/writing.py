@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -37,4 +37,5 @@ def replacing(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         raise FileError(f"{target} cannot be written: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # it was moved, or never made; what failed is raised already
+            part.unlink()

@@ -1,7 +1,10 @@
 """The command line, run in-process; once as the installed command."""
 
 import json
+import os
+import shutil
 import subprocess
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -151,6 +154,265 @@ def test_export(generator, trained, tmp_path, capsys):
     assert (torch.from_numpy(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
     dense = sum(p.numel() for p in teacher.parameters()) * 4
     assert (onnx.stat().st_size < 0.8 * dense) == generator
+
+
+def test_info_of_several_hypernetworks(tmp_path, capsys):
+    parts = [hyperize(torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3))) for _ in range(2)]
+    path = tmp_path / "hyper.safetensors"
+    save(torch.nn.Sequential(*parts), path)
+    assert main(["info", str(path)]) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "2 hypernetworks" in output.err
+    model = timm.create_model("test_resnet")
+    for name in ("layer3", "layer4"):
+        setattr(model, name, hyperize(getattr(model, name), compression=2))
+    save(model, path)
+    assert main(["info", str(path), "--json"]) == 0
+    sites = json.loads(capsys.readouterr().out)["report"]["sites"]
+    assert {site["path"].partition(".")[0] for site in sites} == {"layer3", "layer4"}
+
+
+FIT = ["fit", "test_resnet", "--num-classes", "5", "--compression", "3"]
+FIT += ["--checkpoint", "teacher.safetensors"]
+CONVERT = ["convert", "--checkpoint", "hyper.safetensors"]
+EXPORT = ["export", "--checkpoint", "hyper.safetensors", "--input-size", "3", "64", "64"]
+REPORT, INFO = ["report", "test_resnet"], ["info", "hyper.safetensors"]
+FOLDER = ("model.safetensors", "config.json", "README.md")
+"""The files that `convert` writes to a folder."""
+OLD = b"old"
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The current folder, with files that have the names of a command's inputs."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for name in ("teacher.safetensors", "hyper.safetensors", "images/a.PNG", "images/notes.txt"):
+        Path(name).write_bytes(name.encode())
+    Path("folder").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def refused(place, monkeypatch, capsys):
+    """Runs a command line that must be refused before any work, and gives what it says."""
+
+    def work(*args, **kwargs):
+        pytest.fail("the work began")
+
+    for name in ("_timm_model", "load_timm", "load", "read_header"):
+        monkeypatch.setattr(f"hyperize.cli.{name}", work)
+
+    def contents():
+        paths = [path for path in place.rglob("*") if path.is_file() or not path.exists()]
+        links = {path: os.readlink(path) for path in place.rglob("*") if path.is_symlink()}
+        files = {path: path.read_bytes() for path in paths if path.exists()}
+        return links, files, sorted(place.rglob("*"))
+
+    def run(argv):
+        before = contents()
+        assert main(argv) == 1
+        assert contents() == before
+        output = capsys.readouterr()
+        assert output.out == ""
+        (line,) = output.err.splitlines()
+        assert line.startswith("hyperize: ")
+        return line
+
+    return run
+
+
+def aliases(name):
+    """Makes other paths to a file of the current folder, by what kind they are."""
+    os.symlink(name, "link")
+    os.symlink("link", "second")
+    os.link(name, "hard")
+    os.symlink(".", "here")
+    paths = {"same": name, "dots": f"images/../{name}", "absolute": os.path.abspath(name)}
+    return paths | {"link": "link", "second": "second", "hard": "hard", "folder": f"here/{name}"}
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["plain", "force"])
+@pytest.mark.parametrize(
+    "kind", ["same", "dots", "absolute", "link", "second", "hard", "folder", "reverse"]
+)
+@pytest.mark.parametrize(
+    ("flag", "name", "argv", "out"),
+    [
+        ("--checkpoint", "teacher.safetensors", FIT[:-2], "--out"),
+        ("--checkpoint", "hyper.safetensors", ["convert"], "--out"),
+        ("--checkpoint", "hyper.safetensors", ["export"], "--out"),
+        ("FILE", "hyper.safetensors", ["info"], "--html"),
+    ],
+    ids=["fit", "convert", "export", "info"],
+)
+def test_an_output_is_never_the_input(flag, name, argv, out, kind, force, refused):
+    paths = aliases(name)
+    target = name if kind == "reverse" else paths[kind]
+    source = paths["link"] if kind == "reverse" else name
+    if argv == ["convert"] and "." not in target:  # it would be a folder
+        os.rename(target, target := f"{target}.safetensors")
+        source = target if kind == "reverse" else source
+    given = [source] if flag == "FILE" else [flag, source]
+    said = refused([*argv, *given, out, target, *force])
+    assert f"{out} {target} is a file that {flag} {source} reads" in said
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["plain", "force"])
+@pytest.mark.parametrize("name", FOLDER)
+def test_a_folder_to_write_does_not_hold_the_input(name, force, refused):
+    os.rename("hyper.safetensors", f"folder/{name}")
+    os.symlink("folder", "link")
+    for folder in ("folder", "link", "folder/../link/."):
+        argv = ["convert", "--checkpoint", f"folder/{name}", "--out", folder]
+        assert "no input is overwritten" in refused([*argv, *force])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--data-dir", "images"],
+        ["--data-dir", "linked"],
+        ["--model-kwargs", "checkpoint_path=images/a.PNG"],
+        ["--model-kwargs", 'pretrained_cfg_overlay={"file": "images/a.PNG"}'],
+    ],
+)
+def test_other_inputs_are_not_overwritten_either(given, refused):
+    Path("linked").mkdir()
+    os.symlink("../images", "linked/class")
+    argv = [*FIT, "--out", "images/a.PNG", "--force", *given]
+    assert "no input is overwritten" in refused(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "out"),
+    [
+        (FIT, ["--out", "old.safetensors"]),
+        (CONVERT, ["--out", "old.safetensors"]),
+        *((CONVERT, ["--out", "folder", name]) for name in FOLDER),
+        (EXPORT, ["--out", "old.onnx"]),
+        (EXPORT, ["--out", "old.pt2"]),
+        (REPORT, ["--html", "old.html"]),
+        (INFO, ["--html", "old.html"]),
+    ],
+    ids=lambda value: "-".join(value[:1] + value[-1:]),
+)
+@pytest.mark.parametrize("kind", ["file", "link", "dangling"])
+def test_a_file_that_exists_is_not_overwritten_unasked(argv, out, kind, refused):
+    old = Path(*out[1:3]) if out[1] == "folder" else Path(out[1])
+    if kind == "file":
+        old.write_bytes(OLD)
+    else:
+        old.symlink_to(Path("images", "notes.txt" if kind == "link" else "absent").absolute())
+    said = refused([*argv, *(out[:2] if out[1] == "folder" else out)])
+    assert f"{old.name} " in said
+    assert "exists already" in said
+    assert "--force" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "out"),
+    [
+        (FIT, "new.safetensors"),
+        (CONVERT, "new.safetensors"),
+        (CONVERT, "folder"),
+        (EXPORT, "new.onnx"),
+        (EXPORT, "new.pt2"),
+        (REPORT, "new.html"),
+        (INFO, "new.html"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_force_overwrites_and_nothing_else(argv, out, trained, place, capsys):
+    root, teacher = trained
+    shutil.copy(root / "teacher.safetensors", place)
+    save(hyperize(teacher, compression=3), "hyper.safetensors")
+    inputs = {
+        name: Path(name).read_bytes() for name in ("teacher.safetensors", "hyper.safetensors")
+    }
+    argv = [*argv, "--html" if out.endswith(".html") else "--out", out]
+    written = [Path(out, name) for name in FOLDER] if out == "folder" else [Path(out)]
+    before = set(place.rglob("*"))
+    assert main(argv) == 0  # wants no flag as long as nothing is there
+    assert {place / path for path in written} == set(place.rglob("*")) - before
+    for path in written:
+        path.write_bytes(OLD)
+    assert main(argv) == 1
+    assert all(path.read_bytes() == OLD for path in written)
+    assert main([*argv, "--force"]) == 0
+    assert all(len(path.read_bytes()) > len(OLD) for path in written)
+    assert {place / path for path in written} == set(place.rglob("*")) - before
+    assert all(Path(name).read_bytes() == data for name, data in inputs.items())
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([*FIT, "--out", "absent/x.safetensors"], "absent is not a folder"),
+        ([*FIT, "--out", "hyper.safetensors/x.safetensors"], "hyper.safetensors is not a folder"),
+        ([*FIT, "--out", "folder"], "--out folder is a folder"),
+        ([*FIT, "--out", "pipe"], "a device or a pipe"),
+        ([*FIT, "--out", ""], "is a folder"),
+        ([*FIT, "--out", "locked/x.safetensors"], "locked cannot be written to"),
+        ([*CONVERT, "--out", "absent/x.safetensors"], "absent is not a folder"),
+        ([*CONVERT, "--out", "pipe.safetensors"], "pipe.safetensors is a folder"),
+        ([*CONVERT, "--out", "images/notes.txt"], "images/notes.txt is not a folder"),
+        ([*CONVERT, "--out", "images/notes.txt/x/y"], "images/notes.txt is not a folder"),
+        ([*CONVERT, "--out", "dangling"], "dangling is not a folder"),
+        ([*CONVERT, "--out", "locked"], "locked cannot be written to"),
+        ([*CONVERT, "--out", "locked/x/y"], "locked cannot be written to"),
+        ([*CONVERT, "--out", "full"], "config.json in --out full is a folder"),
+        ([*EXPORT, "--out", "absent/x.onnx"], "absent is not a folder"),
+        ([*EXPORT, "--out", "absent/x.pt2"], "absent is not a folder"),
+        ([*EXPORT, "--out", "pipe"], "a device or a pipe"),
+        ([*REPORT, "--html", "absent/x.html"], "absent is not a folder"),
+        ([*REPORT, "--html", "folder"], "--html folder is a folder"),
+        ([*REPORT, "--html", ""], "is a folder"),
+        ([*INFO, "--html", "locked/x.html"], "locked cannot be written to"),
+        ([*INFO, "--html", "folder"], "--html folder is a folder"),
+        ([*CONVERT, "--out", "twins"], "same file as model.safetensors in --out twins"),
+    ],
+    ids=lambda value: "-".join([value[0], value[-1]]) if isinstance(value, list) else "",
+)
+def test_outputs_are_checked_before_the_work(argv, words, refused, monkeypatch):
+    os.mkfifo("pipe")
+    os.symlink("absent", "dangling")
+    Path("hyper.safetensors").chmod(0o777)  # may be written and searched, as a folder
+    for folder in ("locked", "pipe.safetensors", "full/config.json", "twins"):
+        Path(folder).mkdir(parents=True)
+    Path("twins/model.safetensors").write_bytes(OLD)
+    os.link("twins/model.safetensors", "twins/config.json")
+    # Root, as which tests may run, can write to any folder
+    allowed = os.access
+    monkeypatch.setattr(
+        "hyperize.cli.os.access",
+        lambda path, mode: allowed(path, mode) and Path(path).name != "locked",
+    )
+    assert words in refused([*argv, "--force"])
+
+
+@pytest.mark.parametrize("error", [OSError, RuntimeError])
+def test_a_program_is_written_whole_or_not_at_all(error, trained, place, monkeypatch, capsys):
+    def stop(program, file):
+        file.write(b"a part")
+        raise error("disk full")
+
+    _, teacher = trained
+    save(hyperize(teacher, compression=3), "hyper.safetensors")
+    Path("model.pt2").write_bytes(OLD)
+    before = sorted(place.rglob("*"))
+    monkeypatch.setattr(torch.export, "save", stop)
+    assert main([*EXPORT, "--out", "model.pt2", "--force"]) == 1
+    assert "model.pt2 cannot be written: disk full" in capsys.readouterr().err
+    assert Path("model.pt2").read_bytes() == OLD
+    assert sorted(place.rglob("*")) == before
+
+
+def test_what_only_the_system_refuses_is_a_typed_error(place, capsys):
+    name = "x" * 250  # is allowed, but not with the ending that it has while it is written
+    assert main([*REPORT, "--html", name]) == 1
+    assert "cannot be written: " in capsys.readouterr().err
 
 
 def test_zoo(capsys):
