@@ -6,8 +6,8 @@ recurrent cell looks at the input and the main cell's state, and its output scal
 main cell's weights. This form ADDS parameters, and its weights depend on the input, so it has no
 dense equivalent.
 
-One departure from the print, after the author's code: the scales of step t come from the small
-cell's output of step t, where eq. 6 and 11 print t - 1.
+In one point the author's code differs from the paper's text, and this module follows the code: the
+scales of step t come from the small cell's output of step t, where eq. 6 and 11 print t - 1.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from hyperize.config import ConfigError
-from hyperize.recurrence import EPS, FORGET, WEIGHTS, hyper_lstm
+from hyperize.products import is_transformed
+from hyperize.recurrence import EPS, FORGET, WEIGHTS, autocasts, hyper_lstm, plain
 
 __all__ = ["HyperLSTM", "HyperLSTMCell", "HyperRNN", "HyperRNNCell"]
 
 INITIAL_SCALE = 0.1
-"""Of the main cell's weights at the start (the paper's app. A.2.2, after arXiv 1603.09025)."""
+"""The scales of the main cell's weights at the start (app. A.2.2, after arXiv 1603.09025)."""
 BIAS_STD = 0.01
-"""Of the weights that make the embeddings of the bias."""
+"""The deviation with which the weights that make the bias's embeddings are drawn."""
 
 # ------------------------------------------------------------------------------------------- cells
 
@@ -97,12 +98,14 @@ class _Cell(nn.Module):
         """Draws the parameters anew, as HyperLSTMCell describes."""
         for recurrent in (self.weight_hh, self.hyper_weight_hh):
             for gate in recurrent.chunk(self.gates):
-                single = torch.empty_like(gate, dtype=torch.float32)  # half has no decomposition
+                # torch has no QR decomposition in half precision
+                single = torch.empty_like(gate, dtype=torch.float32)
                 gate.copy_(nn.init.orthogonal_(single))
         for weight in (self.weight_ih, self.hyper_weight_ih):
             for gate in weight.chunk(self.gates):
                 nn.init.xavier_uniform_(gate)
-        scaled = 2 * self.gates * self.embedding_dim  # rows that make scales; the rest make a bias
+        # The first rows make the scales of h and x, the others the bias
+        scaled = 2 * self.gates * self.embedding_dim
         self.embedding_weight[:scaled].zero_()
         self.embedding_weight[scaled:].normal_(std=BIAS_STD)
         self.embedding_bias.fill_(1.0)
@@ -171,7 +174,7 @@ class _Cell(nn.Module):
             raise RuntimeError(f"expected hx to be a pair (h, c), got {type(hx).__name__}")
         states = []
         for name, state, size in zip(("h", "c")[: len(sizes)], given, sizes, strict=True):
-            # The small cell's part, which some carry at their end, may be left out
+            # Some states carry the small cell's at their end; the caller may leave it out
             allowed = sorted({self.hidden_size, size}, reverse=True)
             if state.shape[:-1] != batch or state.shape[-1] not in allowed:
                 expected = " or ".join(str((*batch, features)) for features in allowed)
@@ -332,13 +335,17 @@ class HyperLSTMCell(_Cell):
             mask = F.dropout(ones, self.recurrent_dropout)
         tensors = [x, s0, c0, mask, *weights]
         kind = x.device.type
-        if torch.is_autocast_enabled(kind):  # all of it in the lower precision, as nn.LSTM
+        if autocasts(kind):  # everything is in the lower precision, as in nn.LSTM
             tensors = [t.to(torch.get_autocast_dtype(kind)) for t in tensors]
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        s, c, *_ = hyper_lstm(*tensors[:4], tensors[4:], save)
+        x, s0, c0, mask, *weights = tensors
+        if is_transformed(*tensors):  # then torch has to see every operation
+            s, c = plain(x, s0, c0, mask, weights)
+        else:
+            save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+            s, c, *_ = hyper_lstm(x, s0, c0, mask, weights, save)
         last_s, last_c = _last(s[1:], lengths), _last(c[1:], lengths)
         after = torch.cat((last_c[:, :size], last_s[:, size:], last_c[:, size:]), 1)
-        # Of their own memory, as nn.LSTM's are: callers take views of them
+        # Copies, because nn.LSTM's outputs are no views either and callers may view them anew
         return s[1:, :, :size].contiguous(), (last_s[:, :size].contiguous(), after)
 
 
@@ -526,7 +533,7 @@ class _Recurrent(nn.Module):
         return output.transpose(0, 1) if self.batch_first else output, states
 
     def _run_packed(self, packed: PackedSequence, hx: Any) -> tuple[Any, tuple[Tensor, ...]]:
-        """As the padded batch; an example's state stops at its last step."""
+        """Runs the padded batch; each example's state is the one after its own last step."""
         x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
         states = self._initial(hx, x, True)
         lengths = lengths.to(x.device)
@@ -547,7 +554,7 @@ class _Recurrent(nn.Module):
                 f"Expected {self.input_size}, got {x.shape[2]}"
             )
         weight = self._cell(0).weight_ih
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not autocasts(x.device.type):
             raise ValueError(f"input must have the type {weight.dtype}, got type {x.dtype}")
         # A single sequence has states without the batch axis
         cells = len(self.cells)

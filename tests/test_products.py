@@ -1,5 +1,8 @@
 """Products by oneDNN: torch's own to rounding, with all derivatives, and torch's own elsewhere."""
 
+import runpy
+import types
+
 import pytest
 import timm
 import torch
@@ -174,6 +177,62 @@ def test_transforms_and_tracers_know_it(operands, calls):
     exported = torch.export.export(_Module(weight, bias), (x,))
     assert error(exported.module()(x), F.linear(x, weight, bias)) < SINGLE
     assert not calls
+
+
+@needs_onednn
+def test_private_functions_are_asked_last(operands, monkeypatch):
+    x, weight, bias = operands
+
+    def asked(*tensors):
+        raise AssertionError("asked")
+
+    for name in ("_transforms_active", "_is_batched", "_dispatch_modes"):
+        monkeypatch.setattr(products, name, asked)
+    products.linear(x[:3], weight, bias)
+    products.linear(*(operand.double() for operand in operands))
+    products.linear(*(operand.to("meta") for operand in operands))
+    with pytest.raises(AssertionError, match="asked"):
+        products.linear(*operands)
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (torch._C, "_are_functorch_transforms_active"),
+        (torch._C, "_len_torch_dispatch_stack"),
+        (torch._C._functorch, "is_legacy_batchedtensor"),
+        (torch.ops, "mkldnn"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_torch_without_a_private_function_has_its_own_products(
+    place, name, operands, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        if place is torch.ops:
+            patch.setattr(place, name, types.SimpleNamespace())
+        else:
+            patch.delattr(place, name)
+        lacking = runpy.run_path(products.__file__)
+    assert lacking["_ONEDNN"] is False
+    assert torch.equal(lacking["linear"](*operands), F.linear(*operands))
+    a, b = operands[0].detach(), operands[1].detach().t()
+    assert torch.equal(lacking["product"](a, b), a @ b)
+    assert not lacking["is_transformed"](a)
+
+
+@needs_onednn
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_batches_of_gradients_are_torch_s(operands, calls):
+    """Which hides them in tensors that oneDNN would have to be called on one by one."""
+    gradients = torch.randn(2, N, M)
+    y = products.linear(*operands)
+    calls.clear()
+    found = torch.autograd.grad(y, operands, gradients, retain_graph=True, is_grads_batched=True)
+    assert not calls
+    for at, gradient in enumerate(gradients):
+        for one, other in zip(found, torch.autograd.grad(y, operands, gradient, True), strict=True):
+            assert error(one[at], other) < SINGLE
 
 
 class _Module(nn.Module):
