@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 __all__: list[str] = []
 
@@ -24,30 +23,11 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer computes as nn.Linear, or as an nn.Conv1d to nn.Conv3d without groups."""
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        return False  # nn.MultiheadAttention reads its weight and never calls it
-    if isinstance(layer, nn.Linear):
-        return _is_method(layer.forward, nn.Linear.forward)
-    return any(
-        isinstance(layer, base)
-        and layer.groups == 1
-        and _is_method(layer.forward, base.forward)
-        and _is_method(layer._conv_forward, base._conv_forward)
-        for base in _CONVOLUTIONS
-    )
-
-
-def _is_method(bound: object, function: object) -> bool:
-    return getattr(bound, "__func__", None) is function  # which a function of one instance has not
-
-
 def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int) -> Tensor:
     """What a plain layer computes, of its weight's factors.
 
     Args:
-        layer: As `is_plain` accepts; its weight is not read.
+        layer: One whose `Site.plain` is true; its weight is not read.
         x: Its input, batched or not.
         factors: (R, P, D) and (Q, w, *kernel, D), where P or Q is 1: the weight's axis `axis` is
             (R, Q), the other one (P, w), each less what it is too long. Or, of embeddings of

@@ -16,7 +16,7 @@ from typing import Any
 from hyperize.config import ConfigError, HyperConfig, Tile
 from hyperize.families import FAMILIES, Family
 from hyperize.sites import DynamicSite, Site, Skip, Untargeted
-from hyperize.tiling import Grid, Head, kernel_name
+from hyperize.tiling import Grid, Head
 
 __all__ = ["Plan"]
 
@@ -205,7 +205,7 @@ class Plan:
 
     def place(self, site: Site, heads: Mapping[str, Head]) -> PlannedSite:
         """A site with its place among this plan's heads, by kernel size."""
-        head = heads[kernel_name(site.shape)]
+        head = heads[site.kernel]
         grid = self.family.grid(site.shape, self.lead, head, self.config.trunk_axis)
         return PlannedSite(site, grid, grid.tiles * self.embedding_dim)
 

@@ -25,14 +25,13 @@ from hyperize.layers import (
     generated_class,
 )
 from hyperize.parts import dynamic_layers, find_groups, generated_layers
-from hyperize.plan import Plan, PlannedSite
+from hyperize.plan import Plan
 from hyperize.search import make_plan
 from hyperize.sites import (
     check_patterns,
     fresh_hooks,
     matches,
-    obstacle_of,
-    parameter_owners,
+    parameters_of,
     structural_copy,
 )
 
@@ -95,11 +94,11 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     """
     root = _check_root(model, plan)
     twins = _dynamic_twins(model, plan, inplace)
-    weights = _planned_weights(model, plan)
-    if weights:
-        hypernet = HyperNet(plan, _widest(weights), weights[0].device)
-    else:
-        hypernet = HyperNet(plan, device=next(twins[0].parameters()).device)
+    weights = parameters_of(model, [planned.site for planned in plan.sites])
+    for path, sites in _by_layer(plan).items():
+        generated_class(type(model.get_submodule(path)), tuple(sites))  # may not be registered
+    dtype, device = _widest(weights or list(twins[0].parameters()))
+    hypernet = HyperNet(plan, dtype, device)
     with torch.no_grad():
         embeddings, constants = _initialise(hypernet, weights, _generator(plan.config.seed))
     if not inplace:
@@ -306,40 +305,6 @@ def _dynamic_twins(model: nn.Module, plan: Plan, inplace: bool) -> list[HyperLST
     return twins
 
 
-def _planned_weights(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
-    """The dense weights that a plan generates, all of them checked."""
-    owners = parameter_owners(model) if plan.sites else {}
-    for path, sites in _by_layer(plan).items():
-        try:
-            layer = model.get_submodule(path)
-        except AttributeError as error:
-            raise ModelError(f"the plan names {path}, which the model does not have.") from error
-        if isinstance(layer, Generated):
-            raise ModelError(f"{path or 'the model'} is generated already; use to_dense() first.")
-        for param in sites:
-            if layer._parameters.get(param) is None:
-                name = f"{path}.{param}" if path else param
-                raise ModelError(f"the plan names {name}, which the model does not have.")
-            if obstacle := obstacle_of(layer, param, owners):
-                raise ModelError(
-                    f"the plan generates {param} of {path or 'the model'}, which has to stay "
-                    f"dense in this model: {obstacle}. Make a plan of this model."
-                )
-        generated_class(type(layer), tuple(sites))  # which may not be registered
-    return [_planned_weight(model, planned) for planned in plan.sites]
-
-
-def _planned_weight(model: nn.Module, planned: PlannedSite) -> nn.Parameter:
-    site = planned.site
-    weight = model.get_submodule(site.path)._parameters[site.param]
-    assert weight is not None
-    if tuple(weight.shape) != site.shape:
-        raise ModelError(
-            f"the plan has {site.name} of shape {site.shape}, the model {tuple(weight.shape)}."
-        )
-    return weight
-
-
 def _initialise(
     hypernet: HyperNet, weights: list[nn.Parameter], generator: torch.Generator
 ) -> tuple[list[nn.Parameter], list[Tensor]]:
@@ -406,11 +371,12 @@ def _generator(seed: int | None) -> torch.Generator:
     return generator
 
 
-def _widest(weights: list[nn.Parameter]) -> torch.dtype:
+def _widest(weights: list[nn.Parameter]) -> tuple[torch.dtype, torch.device]:
+    """The dtype that holds the values of all weights, and the device of the first."""
     dtype = weights[0].dtype
     for weight in weights:
         dtype = torch.promote_types(dtype, weight.dtype)
-    return dtype
+    return dtype, weights[0].device
 
 
 def _copy(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:

@@ -298,7 +298,7 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
             continue
         reason = "would grow: its embeddings are no smaller"
         if planned.hyper_params < site.dense_params:
-            kernel = kernel_name(site.shape)
+            kernel = site.kernel
             reason = f"would grow: too few {kernel} weights for an output layer of their own"
         skips.append(Skip(site.name, reason, site.dense_params))
     return replace(plan, sites=tuple(sites), skips=(*found.skips, *skips))
@@ -359,7 +359,7 @@ def _tiled(found: Found, config: HyperConfig) -> Found:
         return found
     sites: dict[str, list[Site]] = {}
     for site in found.sites:
-        sites.setdefault(kernel_name(site.shape), []).append(site)
+        sites.setdefault(site.kernel, []).append(site)
     for kernel in named:
         if found.sites and kernel not in sites:
             raise ConfigError(
@@ -373,7 +373,7 @@ def _tiled(found: Found, config: HyperConfig) -> Found:
         if kernel not in named
         for site in group
     ]
-    kept = tuple(site for site in found.sites if kernel_name(site.shape) in named)
+    kept = tuple(site for site in found.sites if site.kernel in named)
     return replace(found, sites=kept, skips=(*found.skips, *skips))
 
 

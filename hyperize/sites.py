@@ -16,7 +16,7 @@ import random
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,12 +24,12 @@ from typing import Any
 import torch
 from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from hyperize.config import ConfigError, HyperConfig, ModelError
 from hyperize.dynamic import dynamic_twin
-from hyperize.factorized import is_plain
 from hyperize.layers import (
     CONSTANTS,
     EMBEDDING,
@@ -39,6 +39,7 @@ from hyperize.layers import (
     spec_of,
 )
 from hyperize.source import written_parameter
+from hyperize.tiling import kernel_name
 
 __all__: list[str] = []
 
@@ -60,7 +61,8 @@ class Site:
         shape: Shape of the dense parameter.
         itemsize: Bytes of one weight.
         aliases: The layer's other paths, if one instance is registered more than once.
-        plain: Whether the layer's output is a product with the weight, as `is_plain` says.
+        plain: Whether the layer's output is a product with the weight, as nn.Linear's or an
+            ungrouped convolution's is.
     """
 
     path: str
@@ -75,6 +77,11 @@ class Site:
     def name(self) -> str:
         """Name of the dense parameter in the model's state dict."""
         return f"{self.path}.{self.param}" if self.path else self.param
+
+    @property
+    def kernel(self) -> str:
+        """Its kernel size as `hyperize.tiling.kernel_name` calls it."""
+        return kernel_name(self.shape)
 
     @property
     def dense_params(self) -> int:
@@ -197,7 +204,7 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
     selected = {p: m for p, m in included.items() if not matches(paths[m], config.exclude)}
     _check_layers(selected)
 
-    owners = parameter_owners(model)
+    owners = _owners(model)
     sites: list[Site] = []
     dynamic: list[DynamicSite] = []
     skips: list[Skip] = []
@@ -230,8 +237,8 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
             aliases = tuple(paths[module][1:])
             shape = tuple(weight.shape)
             size = weight.element_size()
-            site = Site(path, param, _kind(module), shape, size, aliases, is_plain(module))
-            if obstacle := obstacle_of(module, param, owners):
+            site = Site(path, param, _kind(module), shape, size, aliases, _is_plain(module))
+            if obstacle := _obstacle(module, param, owners):
                 skips.append(Skip(site.name, obstacle, weight.numel()))
             else:
                 sites.append(site)
@@ -249,6 +256,36 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=tensor_bytes(model),
     )
+
+
+def parameters_of(model: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]:
+    """The dense parameters of sites, which may have been found in another model.
+
+    Raises:
+        ModelError: The model lacks one, has one of another shape, or one that has to stay dense.
+    """
+    owners = _owners(model) if sites else {}
+    found = []
+    for site in sites:
+        try:
+            layer = model.get_submodule(site.path)
+            weight = layer._parameters[site.param]
+        except (AttributeError, KeyError) as error:
+            raise ModelError(
+                f"the plan names {site.name}, which the model does not have."
+            ) from error
+        if isinstance(layer, Generated):
+            raise ModelError(f"{site.name} is generated already; use to_dense() first.")
+        if weight is None or tuple(weight.shape) != site.shape:
+            shape = None if weight is None else tuple(weight.shape)
+            raise ModelError(f"the plan has {site.name} of shape {site.shape}, the model {shape}.")
+        if obstacle := _obstacle(layer, site.param, owners):
+            raise ModelError(
+                f"the plan generates {site.name}, which has to stay dense in this model: "
+                f"{obstacle}. Make a plan of this model."
+            )
+        found.append(weight)
+    return found
 
 
 def tensor_bytes(model: nn.Module) -> int:
@@ -419,7 +456,7 @@ def _weights(module: nn.Module) -> int:
     return sum(p.numel() for p in found if p is not None)
 
 
-def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+def _owners(model: nn.Module) -> dict[int, list[str]]:
     """The names under which each parameter is registered, once per owning module."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
@@ -429,14 +466,8 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def obstacle_of(module: nn.Module, param: str, owners: dict[int, list[str]]) -> str | None:
-    """Why a parameter has to stay dense, or None.
-
-    Args:
-        module: Its layer.
-        param: Its name there.
-        owners: As `parameter_owners` finds them.
-    """
+def _obstacle(module: nn.Module, param: str, owners: dict[int, list[str]]) -> str | None:
+    """Why a selected parameter has to stay dense, or None."""
     weight = module._parameters[param]
     assert weight is not None
     names = owners[id(weight)]
@@ -454,6 +485,25 @@ def obstacle_of(module: nn.Module, param: str, owners: dict[int, list[str]]) -> 
         if hasattr(module, name):
             return f"the layer has an attribute {name} already"
     return written_parameter(module, [param])
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer computes as nn.Linear, or as an nn.Conv1d to nn.Conv3d without groups."""
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight and never calls it
+    if isinstance(layer, nn.Linear):
+        return _is_method(layer.forward, nn.Linear.forward)
+    return any(
+        isinstance(layer, base)
+        and layer.groups == 1
+        and _is_method(layer.forward, base.forward)
+        and _is_method(layer._conv_forward, base._conv_forward)
+        for base in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
+
+
+def _is_method(bound: object, function: object) -> bool:
+    return getattr(bound, "__func__", None) is function  # which a function of one instance has not
 
 
 _DYNAMIC_KINDS = ("lstm", "rnn")
@@ -477,7 +527,7 @@ def _dynamic_obstacle(layer: nn.RNNBase, owners: dict[int, list[str]]) -> str | 
         return "proj_size has no dynamic form"
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return "has hooks, which would be lost"
-    obstacles = (obstacle_of(layer, name, owners) for name in layer._parameters)
+    obstacles = (_obstacle(layer, name, owners) for name in layer._parameters)
     return next((obstacle for obstacle in obstacles if obstacle), None)
 
 
