@@ -108,7 +108,7 @@ class Grid(NamedTuple):
         lines, row = (self.rows, self.parts * width) if self.parts > 1 else (1, self.rows * width)
         flat = weight.reshape(lines, -1)  # turned -> (R, columns * k), or one line for all
         # (lines, row) -> (R * P, w * k)
-        return F.pad(flat, (0, row - flat.shape[1])).view(-1, width)
+        return F.pad(flat, (0, row - flat.shape[1])).reshape(-1, width)
 
     def unstack(self, tiles: Tensor) -> Tensor:
         """What belongs to each row, of what belongs to whole tiles: (tiles, lead * n) -> (R * P, n).

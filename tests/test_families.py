@@ -1,0 +1,172 @@
+"""A family of generators is one class, and tiling is one pair of inverses."""
+
+import math
+
+import pytest
+import torch
+from models import Convolutions, count, randomise
+from torch import nn
+
+from hyperize import (
+    ConfigError,
+    Family,
+    HyperConfig,
+    fit_,
+    hyperize,
+    load,
+    make_plan,
+    register_family,
+    report,
+    save,
+    to_dense,
+)
+from hyperize.config import EMBEDDINGS
+from hyperize.families import FAMILIES, Channels, OneLayer, TwoLayers
+from hyperize.parts import generated_layers
+from hyperize.products import linear
+from hyperize.tiling import Head, kernel_name, make_grid
+
+ROUNDING = 1e-4
+"""Of outputs near 1 in float32, which factors and weights sum up in different orders."""
+
+
+class Mixed(OneLayer):
+    """A toy: embeddings go through one square layer, shared by all weights, before the head."""
+
+    name = embeddings = "mixed"
+
+    def serves(self, config):
+        return config.embeddings == "mixed"
+
+    def shared(self, lead, hidden, nz):
+        return {"mixer": (nz, nz)}
+
+    def hidden(self, net, z, scale, grid):
+        weight, bias = net.layer("mixer")
+        x = linear(z, weight, bias)
+        return x if scale is None else x * scale
+
+    def readers(self, net):
+        return [net.get_submodule("mixer")]
+
+    def start(self, problem):
+        problem.randomise()
+
+
+@pytest.fixture
+def mixed():
+    register_family(Mixed())
+    yield HyperConfig(compression=4, embeddings="mixed", targets=("conv2d", "linear"), seed=0)
+    del FAMILIES["mixed"]
+    EMBEDDINGS.discard("mixed")
+
+
+def wide():
+    return nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 128, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(128 * 16, 32),
+    )  # fmt: skip
+
+
+def test_a_family_of_ones_own_is_planned_to_the_exact_count_and_made_dense_bit_for_bit(mixed):
+    model = randomise(wide())
+    plan = make_plan(model, mixed)
+    hyper = hyperize(model, plan)
+    assert plan.family_name == "mixed"
+    assert count(hyper) == plan.total_hyper_params
+    assert plan.compression >= 4
+    assert sum(row.hyper_params for row in report(hyper).sites) + plan.hypernet_params == (
+        plan.hyper_params
+    )
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(hyper(x), to_dense(hyper)(x))
+
+
+def test_it_trains_in_all_its_parts(mixed):
+    hyper = hyperize(randomise(wide()), mixed)
+    hyper(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in hyper.parameters())
+    assert any("mixer" in name for name, _ in hyper.named_parameters())
+
+
+def test_it_fits_in_its_blocks(mixed):
+    teacher = randomise(wide())
+    fitted = fit_(hyperize(teacher, mixed), teacher)
+    assert fitted.history[-1] < 0.9  # of what zero weights would miss
+    assert all(b <= a for a, b in zip(fitted.history, fitted.history[1:], strict=False))
+    data = [torch.randn(8, 3, 8, 8)]
+    assert fit_(hyperize(teacher, mixed), teacher, data=data).history[-1] < 0.9
+
+
+def test_it_is_saved_and_loaded_equal(mixed, tmp_path):
+    hyper = hyperize(randomise(wide()), mixed)
+    save(hyper, tmp_path / "mixed.safetensors")
+    again = load(wide(), tmp_path / "mixed.safetensors")
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(hyper(x), again(x))
+
+
+def test_it_computes_with_factors(mixed):
+    hyper = hyperize(randomise(wide()), mixed.replace(factorized=True))
+    assert any(layer.factorable for layer in generated_layers(hyper).values())
+    x = torch.randn(2, 3, 8, 8)
+    dense = to_dense(hyper)(x)
+    assert not torch.equal(hyper(x), dense)
+    assert torch.allclose(hyper(x), dense, atol=ROUNDING * float(dense.detach().abs().max()))
+
+
+def test_a_family_without_a_name_or_with_a_taken_one_is_refused():
+    with pytest.raises(ConfigError, match="registered already"):
+        register_family(OneLayer())
+    with pytest.raises(ConfigError, match="takes a Family"):
+        register_family(OneLayer)
+    with pytest.raises(ConfigError, match=r"Family\.name must be a string"):
+        register_family(Family())
+    with pytest.raises(ConfigError, match="embeddings must be"):
+        HyperConfig(embeddings="mixed")
+
+
+SHAPES = [
+    *((64, 32, 3, 3), (33, 17, 3, 3), (7, 300, 1, 1), (96, 1, 5, 5), (1, 96, 1, 7), (128, 64)),
+    *((5, 6, 3), (4, 3, 2, 2, 2), (200,)),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+@pytest.mark.parametrize("lead", [1, 4, 16])
+@pytest.mark.parametrize("trail", [1, 8, 24, 500])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_cut_and_join_are_inverses(shape, lead, trail, axis):
+    grid = make_grid(shape, lead, Head(kernel_name(shape), trail, math.prod(shape[2:])), axis)
+    weight = torch.arange(1.0, 1 + math.prod(shape)).view(shape)
+    rows = grid.cut(weight)
+    assert rows.shape == (grid.rows * grid.parts, grid.width * grid.elements)
+    assert torch.equal(grid.join(rows), weight)
+    assert torch.equal(rows[rows != 0].sort().values, weight.flatten())  # each number once
+    tiles = grid.stack(rows)
+    assert len(tiles) == grid.tiles
+    assert torch.equal(grid.unstack(tiles), rows)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_grid_of_channels_is_the_weight_itself(axis):
+    grid = Channels().grid((6, 5, 3, 3), 1, Head("3x3", 1, 9), axis)
+    weight = torch.randn(6, 5, 3, 3)
+    assert torch.equal(grid.join(grid.cut(weight)), weight)
+    assert grid.tiles == 11
+
+
+@pytest.mark.parametrize(
+    ("options", "family"),
+    [
+        ({}, OneLayer),
+        ({"hidden_dim": 8}, TwoLayers),
+        ({"tile": (16, 16), "embedding_dim": 8}, TwoLayers),
+        ({"tile": (1, 64)}, OneLayer),
+        ({"tile": (1, 64), "hidden_dim": 8}, TwoLayers),
+        ({"embeddings": "channel"}, Channels),
+    ],
+)
+def test_the_request_decides_the_family(options, family):
+    plan = make_plan(Convolutions(), compression=2, **options)
+    assert type(plan.family) is family
