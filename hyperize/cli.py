@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         _check_outputs(args)
-        return args.run(args)
+        return int(args.run(args))
     except HyperizeError as error:
         print(f"hyperize: {error}", file=sys.stderr)
         return FAILED
@@ -370,7 +370,8 @@ def _timm_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module
         hint = f"; near misses: {', '.join(near)}" if near else ""
         raise HyperizeError(f"timm has no model {args.model!r}{hint}.")
     try:
-        return timm.create_model(args.model, pretrained=pretrained, **kwargs)
+        model: nn.Module = timm.create_model(args.model, pretrained=pretrained, **kwargs)
+        return model
     except (TypeError, RuntimeError, ValueError, OSError) as error:
         raise HyperizeError(f"timm cannot create {args.model} so: {error}") from error
 

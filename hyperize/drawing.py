@@ -180,7 +180,7 @@ def project(sources: Sequence[Source]) -> Projection | None:
         explained=(first, second),
         drawn=len(points),
         total=sum(source.tiles for source in sources),
-        unit="channel" if sources[0].layer._hypernet.channelwise else "tile",
+        unit=sources[0].layer.hypernet.family.embeddings,
     )
 
 
@@ -330,7 +330,8 @@ def bar_chart(
 
 
 def _root(x: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(x, 0))
+    root: np.ndarray = np.sqrt(np.maximum(x, 0))
+    return root
 
 
 def _short(name: str) -> str:

@@ -137,7 +137,8 @@ class _Linear:
         if groups == 1:
             return x
         c = x.shape[-1] // groups
-        return x.unflatten(-1, (c, groups)).mT if turned else x.unflatten(-1, (groups, c))
+        turn: Tensor = x.unflatten(-1, (c, groups) if turned else (groups, c))
+        return turn.mT if turned else turn
 
     def join(self, x: Tensor, groups: int, turned: bool = False) -> Tensor:
         """The inverse of `split`."""

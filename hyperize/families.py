@@ -1,8 +1,8 @@
 """The families of generators: the ways in which embeddings make a weight, one class for each.
 
-Every family is linear in each of its parts (arXiv 1609.09106, sec. 3.1, has no nonlinearity either),
-and ends with one matrix product per weight, whose right side comes from the head of the weight's
-kernel size. With the embedding z of a tile, a scale s and an offset o of each weight:
+Every family is linear in each of its parts, as the paper's is (arXiv 1609.09106, sec. 3.1). It ends
+with one matrix product per weight, whose right side is the head of the weight's kernel size. With
+the embedding z of a tile, a scale s and an offset o of each weight:
 
     one layer     K   = s (W_out z + B_out) + o                  one row of `trail` kernels a tile
     two layers    a_i = W_i z + B_i, i = 1..lead                 the paper's eq. 4
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,10 +28,6 @@ from torch import Tensor, nn
 from hyperize.config import EMBEDDINGS, ConfigError, HyperConfig
 from hyperize.products import linear
 from hyperize.tiling import Grid, Head, channels, first, kernel_name, make_grid
-
-if TYPE_CHECKING:
-    from hyperize.hypernet import HyperNet
-    from hyperize.solver import Problem
 
 __all__ = ["Family", "register_family"]
 
@@ -62,6 +58,20 @@ EXPONENTS = sorted(range(-6, 9), key=abs)
 """Powers of two by which tiles differ from the preferred size, the nearest first."""
 
 
+class Net(Protocol):
+    """The hypernetwork, as far as a family sees it."""
+
+    heads: nn.ModuleDict
+
+    def head(self, kernel: str) -> tuple[Tensor, Tensor]: ...
+
+    def layer(self, name: str) -> tuple[Tensor, Tensor]: ...
+
+    def children(self) -> Iterator[nn.Module]: ...
+
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+
 class Family:
     """One way to make weights from embeddings. Subclass it and override what differs.
 
@@ -88,7 +98,7 @@ class Family:
         raise NotImplementedError
 
     def hidden_dims(self, tiles: int, geometry: Geometry, config: HyperConfig) -> Sequence[int]:
-        """Sizes of the hidden layer to try for a geometry, from the preferred one on; 0 for none."""
+        """Sizes of the hidden layer to try, from the preferred one on; 0 is for none."""
         return [0]
 
     def grid(self, shape: Sequence[int], lead: int, head: Head, axis: int) -> Grid:
@@ -106,8 +116,8 @@ class Family:
     def macs(self, grid: Grid, hidden: int, nz: int) -> int:
         """Multiply-adds of generating one weight."""
         shared = sum(a * b for a, b in self.shared(grid.lead, hidden, nz).values())
-        row = self.fan_in(hidden, nz) * grid.width * grid.elements
-        return grid.tiles * shared + grid.rows * grid.parts * int(row)
+        row = int(self.fan_in(hidden, nz)) * grid.width * grid.elements
+        return int(grid.tiles * shared) + grid.rows * grid.parts * row
 
     def factorized_macs(self, grid: Grid, size: int) -> tuple[int, int] | None:
         """Multiply-adds of a layer that computes with factors, and numbers between its products.
@@ -123,11 +133,11 @@ class Family:
 
     # --------------------------------------------------------------------------------- arithmetic
 
-    def factors(self, net: HyperNet, site: Site) -> Factors:
+    def factors(self, net: Net, site: Site) -> Factors:
         """The last product of a weight, scaled and shifted, in its memory order."""
         raise NotImplementedError
 
-    def thin_factors(self, net: HyperNet, site: Site) -> tuple[Tensor, ...]:
+    def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
         """The weight's factors as `hyperize.factorized.multiply` takes them."""
         raise NotImplementedError
 
@@ -137,15 +147,19 @@ class Family:
 
     # ---------------------------------------------------------------------------------------- fit
 
-    def start(self, problem: Problem) -> None:
-        """Sets what the fit starts from, whatever it was; here at random."""
+    def start(self, problem: Any) -> None:
+        """Sets what the fit starts from, whatever it was; here at random.
+
+        Args:
+            problem: The `hyperize.solver.Problem`, with the hypernetwork and all targets.
+        """
         problem.randomise()
 
     def split(self, grid: Grid) -> list[int]:
         """How many of a weight's embeddings, in order, belong to each block of the fit."""
         return [grid.tiles]
 
-    def blocks(self, net: HyperNet, z: Mapping[Any, list[Tensor]]) -> list[list[Tensor]]:
+    def blocks(self, net: Net, z: Mapping[Any, list[Tensor]]) -> list[list[Tensor]]:
         """Groups of tensors in each of which all weights are affine, the others held.
 
         Args:
@@ -156,7 +170,7 @@ class Family:
         layers = [list[Tensor](layer.parameters()) for layer in net.children()]
         return [*embeddings, *(layer for layer in layers if layer)]
 
-    def readers(self, net: HyperNet) -> list[nn.Module]:
+    def readers(self, net: Net) -> list[nn.Module]:
         """The layers that multiply embeddings, whose weights have one column for each component."""
         return list(net.heads.children())
 
@@ -195,16 +209,16 @@ class OneLayer(Family):
         macs = parts * grid.width * grid.elements + grid.rows * grid.parts * folds
         return macs * size, parts * folds * size + (grid.turned[0] if folds > 1 else 0)
 
-    def hidden(self, net: HyperNet, z: Tensor, scale: Tensor | None, grid: Grid) -> Tensor:
+    def hidden(self, net: Net, z: Tensor, scale: Tensor | None, grid: Grid) -> Tensor:
         """What the head multiplies, (R * P, d), scaled where the numbers are still few."""
         return z if scale is None else z * scale
 
-    def factors(self, net: HyperNet, site: Site) -> Factors:
+    def factors(self, net: Net, site: Site) -> Factors:
         z, (scale, offset), grid = site
         weight, bias = _used(net, grid)
         return self.hidden(net, z, scale, grid), weight, bias * scale + offset
 
-    def thin_factors(self, net: HyperNet, site: Site) -> tuple[Tensor, ...]:
+    def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
         z, (scale, offset), grid = site
         assert grid.blocks is not None
         parts, folds = grid.blocks
@@ -218,7 +232,7 @@ class OneLayer(Family):
             inner.view(folds, -1, *grid.shape[2:], inner.shape[-1]),  # (folds, w, *k, d + 1)
         )
 
-    def start(self, problem: Problem) -> None:
+    def start(self, problem: Any) -> None:
         """By the truncated decomposition of the tiles, padding taken as zero."""
         for kernel in problem.net.heads:
             members = [at for at, grid in enumerate(problem.grids) if grid.kernel == kernel]
@@ -228,7 +242,7 @@ class OneLayer(Family):
 
 
 class TwoLayers(OneLayer):
-    """The paper's: a trunk, shared by all weights, makes each row of a tile an input of the head."""
+    """The paper's: a trunk, shared by all weights, makes the head's input of each row."""
 
     name = "two layers"
 
@@ -271,16 +285,16 @@ class TwoLayers(OneLayer):
     def fan_in(self, hidden: int, nz: Any) -> Any:
         return hidden
 
-    def hidden(self, net: HyperNet, z: Tensor, scale: Tensor | None, grid: Grid) -> Tensor:
+    def hidden(self, net: Net, z: Tensor, scale: Tensor | None, grid: Grid) -> Tensor:
         weight, bias = net.layer("trunk")
         # (tiles, Nz) @ (Nz, lead * d)
         a = linear(z, weight, bias) if scale is None else linear(z * scale, weight, bias * scale)
         return grid.unstack(a)
 
-    def readers(self, net: HyperNet) -> list[nn.Module]:
+    def readers(self, net: Net) -> list[nn.Module]:
         return [net.get_submodule("trunk")]
 
-    def start(self, problem: Problem) -> None:
+    def start(self, problem: Any) -> None:
         """By the decomposition of the tiles' rows, then that of what it leaves of the tiles."""
         rows = {}
         for kernel in problem.net.heads:
@@ -325,7 +339,7 @@ class Channels(Family):
         macs = grid.tiles + (grid.elements if deep else 0)
         return macs * size, 2 * size if deep else size
 
-    def factors(self, net: HyperNet, site: Site) -> Factors:
+    def factors(self, net: Net, site: Site) -> Factors:
         z, (scale, offset), grid = site
         weight, bias = net.head(grid.kernel)
         rows, columns = z[: grid.rows], z[grid.rows :]
@@ -333,7 +347,7 @@ class Channels(Family):
         kernels = (columns[:, None] * weight).flatten(0, 1)
         return rows * scale, kernels, (bias * scale + offset).repeat(len(columns))
 
-    def thin_factors(self, net: HyperNet, site: Site) -> tuple[Tensor, ...]:
+    def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
         z, (scale, offset), grid = site
         weight, bias = net.head(grid.kernel)
         sides = with_ones(z[: grid.rows]), with_ones(z[grid.rows :])
@@ -399,7 +413,7 @@ def with_ones(x: Tensor) -> Tensor:
     return with_column(x, x.new_ones(len(x)))
 
 
-def _used(net: HyperNet, grid: Grid) -> tuple[Tensor, Tensor]:
+def _used(net: Net, grid: Grid) -> tuple[Tensor, Tensor]:
     """The part of a head that a weight uses, which may be narrower than a tile."""
     weight, bias = net.head(grid.kernel)
     used = grid.width * grid.elements

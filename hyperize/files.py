@@ -238,9 +238,8 @@ def _parse(metadata: Mapping[str, str], path: PathLike) -> tuple[dict[str, Any],
         )
     if written < FORMAT:
         raise FileError(
-            f"{path} has format {written} of an older hyperize "
-            f"({raw.get('versions', {}).get('hyperize', 'version unknown')}); this one reads format "
-            f"{FORMAT}. Make it dense with that version (hyperize convert), and fit or train anew."
+            f"{path} has format {written}, of an older hyperize; this one reads format {FORMAT}. "
+            "Make it dense with the version that wrote it (hyperize convert)."
         )
     try:
         header = {"timm": None, "dtypes": {}, "versions": {}} | raw

@@ -173,7 +173,8 @@ class Generated(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Generated:
         if recurse:  # not by children(); where several layers do it, it changes nothing more
             self.hypernet._apply(fn)
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def __repr__(self) -> str:
         shell = object.__new__(type(self))
@@ -277,7 +278,8 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
             nn.Module.__setattr__(self, name, value)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        return nn.Module._replicate_for_data_parallel(self)
+        replica: nn.Module = nn.Module._replicate_for_data_parallel(self)
+        return replica
 
     def _init_flat_weights(self) -> None: ...
 

@@ -315,7 +315,7 @@ def _onnx_bytes(
     for part in (proto.graph.node, proto.graph.initializer, proto.graph.value_info):
         for item in part:
             item.ClearField("metadata_props")
-    return proto.SerializeToString()
+    return bytes(proto.SerializeToString())
 
 
 _CELLS = {
@@ -336,12 +336,14 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("hyperize::onnx_recurrent")
-def _(
+def _fake_recurrent(
     x: Tensor, w: Tensor, r: Tensor, b: Tensor, h: Tensor, c: Tensor, cell: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = x.new_empty(x.shape[0], r.shape[0], x.shape[1], r.shape[2])
     return y, torch.empty_like(h), torch.empty_like(c)
+
+
+torch.library.register_fake("hyperize::onnx_recurrent", _fake_recurrent)
 
 
 class _RecurrentLayers(TorchFunctionMode):

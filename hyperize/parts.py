@@ -1,7 +1,7 @@
-"""What a module holds of hyperized models: the generated layers by hypernetwork, with plans as of now.
+"""What a module holds of hyperized models: generated layers by hypernetwork, with plans as of now.
 
-A module can be the model that `hyperize` returned, a part of it, a model with several such parts, or
-one in which layers were copied, replaced or made dense since. Everything here is told from the
+A module can be the model that `hyperize` returned, a part of it, a model with several such parts,
+or one in which layers were copied, replaced or made dense since. Everything here is told from the
 layers that are there, and all paths are relative to the module.
 """
 
@@ -94,30 +94,22 @@ def find_groups(hyper: nn.Module) -> list[Group]:
 def _current(hypernet: HyperNet, layers: Mapping[Generated, list[str]], root: str | None) -> Plan:
     """The plan of a hypernetwork, of the layers that are there, under the paths that they have."""
     plan = hypernet.plan
-    found: dict[str, PlannedSite] = {}
-    present: set[str] = set()
+    left = {planned.site.name: at for at, planned in enumerate(plan.sites)}
+    found: list[tuple[int, PlannedSite]] = []
     steady = True  # whether all layers are where they were, relative to each other
     here, there = (plan.root, root) if root is not None else _shift(layers)
     for layer, names in layers.items():
-        for param, planned in layer.sites.items():
+        for planned in layer.sites.values():
             before = planned.site
             steady &= _moved(before.path, here, there) == names[0]
             site = replace(before, path=names[0], aliases=tuple(names[1:]))
-            found[site.name] = replace(planned, site=site)
-            present.add(before.name)
-    order = {planned.site.name: at for at, planned in enumerate(plan.sites)}
-    before_of = {
-        f"{names[0]}.{param}" if names[0] else param: planned.site.name
-        for layer, names in layers.items()
-        for param, planned in layer.sites.items()
-    }
-    sites = sorted(found.values(), key=lambda p: order.get(before_of[p.site.name], len(order)))
+            at = left.pop(before.name, len(plan.sites))
+            found.append((at, replace(planned, site=site)))
     skips: list[Skip] = []
     dynamic = []
     if steady:
-        gone = (p.site for p in plan.sites if p.site.name not in present)
-        lost = [Skip(site.name, _GONE, site.dense_params) for site in gone]
-        for skip in (*plan.skips, *lost):
+        gone = (planned.site for planned in plan.sites if planned.site.name in left)
+        for skip in (*plan.skips, *(Skip(site.name, _GONE, site.dense_params) for site in gone)):
             if (path := _moved(skip.path, here, there)) is not None:
                 skips.append(replace(skip, path=path))
         for site in plan.dynamic:
@@ -125,7 +117,7 @@ def _current(hypernet: HyperNet, layers: Mapping[Generated, list[str]], root: st
                 dynamic.append(replace(site, path=path))
     return replace(
         plan,
-        sites=tuple(sites),
+        sites=tuple(planned for _, planned in sorted(found, key=lambda pair: pair[0])),
         skips=tuple(skips),
         dynamic=tuple(dynamic),
         heads=tuple(head for head in plan.heads if head.kernel in hypernet.heads),

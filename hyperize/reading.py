@@ -162,4 +162,4 @@ def _guarded_view(result: Tensor, weights: list[GeneratedWeight]) -> Tensor:
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)

@@ -97,10 +97,8 @@ class _Budget:
 
     def met(self, dense: np.ndarray, hyper: np.ndarray) -> np.ndarray:
         if self.max_params is not None:
-            return self.total_params - dense + hyper <= self.max_params
-        if self.compression is not None:
-            return dense >= self.compression * hyper
-        return dense > 0
+            return np.asarray(self.total_params - dense + hyper <= self.max_params)
+        return np.asarray(dense >= (self.compression or 0) * hyper) & (dense > 0)
 
     def distance(self, choice: _Choice) -> float:
         """Grows as a choice gets further from the request."""
@@ -207,7 +205,7 @@ class _Table:
     def outputs(self, hidden: int, nz: np.ndarray) -> np.ndarray:
         """Parameters of the heads, (heads, len(nz))."""
         widths = np.array([head.width for head in self.heads])
-        return widths[:, None] * (self.family.fan_in(hidden, nz) + 1)
+        return np.asarray(widths[:, None] * (self.family.fan_in(hidden, nz) + 1))
 
     def largest(self, hidden: int, fixed: int | None, budget: _Budget) -> _Choice | None:
         """The choice of the largest (or the fixed) embedding size that meets the request.

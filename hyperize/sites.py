@@ -594,7 +594,7 @@ def _check_layers(selected: dict[str, nn.Module]) -> None:
 
 def _near_misses(pattern: str, names: list[str]) -> str:
     """The end of a sentence about a pattern that matches none of the names."""
-    near = difflib.get_closematches(pattern, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
     return f"; near misses: {', '.join(near)}" if near else ""
 
 
@@ -611,7 +611,7 @@ def _check_targets(config: HyperConfig) -> None:
     kinds = registered_kinds()
     for kind in config.targets:
         if kind not in kinds:
-            near = difflib.get_closematches(kind, kinds)
+            near = difflib.get_close_matches(kind, kinds)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
                 f"unknown target {kind!r}; {hint}The registered kinds are {', '.join(kinds)}."

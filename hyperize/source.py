@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+__all__: list[str] = []
+
 _Held = frozenset[str]  # the parameters whose memory an expression may share
 NOTHING: _Held = frozenset()
 LAYER: _Held = frozenset([""])  # the layer itself, as no parameter has an empty name

@@ -1,7 +1,7 @@
 """What a teacher's layers multiply: the second moments of their inputs, from a few batches of data.
 
-With them a fit weighs the error E of a weight by what it does to the layer's output: trace(E S E^T),
-where S are the second moments of the layer's inputs in the teacher.
+With them a fit weighs the error E of a weight by what it does to the layer's output:
+trace(E S E^T), where S are the second moments of the layer's inputs in the teacher.
 """
 
 from __future__ import annotations

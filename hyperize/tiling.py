@@ -1,10 +1,10 @@
 """How a weight is cut into the tiles that a hypernetwork generates, and joined again.
 
-A tile spans `lead` channels along one axis of the weight, the trunk axis, and `trail` channels along
-the other, times the kernel (arXiv 1609.09106, sec. 3.1, with 16 by 16 channels). A weight with fewer
-than `trail` channels has several of its rows folded into one, so that depthwise and narrow layers
-fill their tiles; one with more is cut into parts of equal width. Tiles of lead 1 go over the weight
-in its memory order, across the ends of rows.
+A tile spans `lead` channels along one axis of the weight, the trunk axis, and `trail` channels
+along the other, times the kernel (arXiv 1609.09106, sec. 3.1, with 16 by 16 channels). A weight
+with fewer than `trail` channels has several of its rows folded into one, so that depthwise and
+narrow layers fill their tiles; one with more is cut into parts of equal width. Tiles of lead 1 go
+over the weight in its memory order, across the ends of rows.
 
 Letters of shapes: R rows (channels along the trunk axis, after folding), P parts, w channels of a
 part, k elements of the kernel.
@@ -88,7 +88,7 @@ class Grid(NamedTuple):
         return (columns // self.width, 1) if columns % self.width == 0 else None
 
     def join(self, rows: Tensor) -> Tensor:
-        """The weight, contiguous, of its rows, (R * P, w * k); what they are too long is cut off."""
+        """The weight, contiguous, of its rows, (R * P, w * k), less what pads them."""
         turned = self.turned
         if self.parts > 1:
             # (R * P, w * k) -> (R, P * w * k) -> (R, columns * k) -> turned
@@ -111,7 +111,7 @@ class Grid(NamedTuple):
         return F.pad(flat, (0, row - flat.shape[1])).reshape(-1, width)
 
     def unstack(self, tiles: Tensor) -> Tensor:
-        """What belongs to each row, of what belongs to whole tiles: (tiles, lead * n) -> (R * P, n).
+        """From tiles to rows: (tiles, lead * n) -> (R * P, n).
 
         Rearranging it before the last product, while it is small, lets that product write the
         weight in its memory order.

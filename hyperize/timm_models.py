@@ -49,7 +49,8 @@ def create(config: Mapping[str, Any]) -> nn.Module:
         raise FileError(f"{problem}; make the model yourself and use hyperize.load(model, path).")
     source = timm.models.PretrainedCfg(**config["pretrained_cfg"]).to_dict(remove_source=True)
     with torch.random.fork_rng(devices=[]):
-        return timm.create_model(name, pretrained=False, pretrained_cfg=source, **args)
+        model: nn.Module = timm.create_model(name, pretrained=False, pretrained_cfg=source, **args)
+    return model
 
 
 def _forbidden(args: Mapping[str, Any]) -> str | None:
@@ -105,7 +106,8 @@ def _describe(hyper: nn.Module, timm_args: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         save_config_for_hf(hyper, str(path), model_args=timm_args)
-        return json.loads(path.read_text())
+        described: dict[str, Any] = json.loads(path.read_text())
+    return described
 
 
 def _misfit(hyper: nn.Module, plans: Sequence[Plan], config: Mapping[str, Any]) -> str:

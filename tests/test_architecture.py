@@ -13,9 +13,10 @@ import hyperize as package
 PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
-    *("config", "writing", "products", "factorized", "layers", "recurrence", "dynamic", "sites"),
-    *("planning", "hypernet", "rewrite", "drawing", "page", "reporting", "files", "export"),
-    *("training", "distributed", "fitting", "cli"),
+    *("config", "writing", "source", "products", "factorized", "tiling", "families", "reading"),
+    *("layers", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts", "rewrite"),
+    *("drawing", "page", "reporting", "timm_models", "files", "folders", "graph", "onnx"),
+    *("training", "distributed", "teacher", "solver", "fitting", "cli"),
 ]
 """Each module imports only from modules before it."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
