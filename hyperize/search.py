@@ -231,8 +231,6 @@ class _Table:
         hyper = tiles * nz + shared + (self.outputs(hidden, nz) * heads).sum(0)
         valid = dense > 0
         met = valid & budget.met(dense, hyper)
-        if fixed is None:
-            met &= hyper < dense
         if not valid.any():
             return None
         if met.any():
