@@ -164,7 +164,8 @@ def _normalise_backward(grad: Tensor, normalised: Tensor, rstd: Tensor) -> Tenso
     shape = list(grad.shape[-1:])
     mask = [True, False, False]
     backward = torch.ops.aten.native_layer_norm_backward
-    return backward(grad, normalised, shape, zero, one, None, None, mask)[0] * rstd
+    to_input: Tensor = backward(grad, normalised, shape, zero, one, None, None, mask)[0]
+    return to_input * rstd
 
 
 @torch.library.custom_op(
@@ -512,15 +513,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    inputs, outputs = ctx.saved_tensors[: 4 + ctx.weights], ctx.saved_tensors[4 + ctx.weights :]
+    saved = ctx.saved_tensors
+    inputs, outputs = saved[: 4 + ctx.weights], saved[4 + ctx.weights :]
     given = [(at, d) for at, d in enumerate(grads[:2]) if d is not None]
     # With create_graph=True torch enables gradients here: it will differentiate what this computes
     if torch.is_grad_enabled() or is_transformed(*(d for _, d in given)):
         return _plain_backward(ctx.needs_input_grad, list(inputs), given)
+    d_states = [
+        torch.zeros_like(t) if d is None else d for t, d in zip(outputs[:2], grads[:2], strict=True)
+    ]
     x, _, _, mask, *weights = inputs
-    d_states = [torch.zeros_like(t) for t in outputs[:2]]
-    for at, d in given:
-        d_states[at] = d
     needs_x = ctx.needs_input_grad[0]
     d_x, d_s, d_c, *d_weights = _hyper_lstm_backward(*d_states, x, mask, weights, outputs, needs_x)
     return d_x if needs_x else None, d_s, d_c, None, d_weights, None
