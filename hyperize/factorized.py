@@ -29,9 +29,10 @@ def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int
     Args:
         layer: One whose `Site.plain` is true; its weight is not read.
         x: Its input, batched or not.
-        factors: (R, P, D) and (Q, w, *kernel, D), where P or Q is 1: the weight's axis `axis` is
-            (R, Q), the other one (P, w), each less what it is too long. Or, of embeddings of
-            channels, (out, D), (in, D) and (*kernel, D).
+        factors: Of tiles, (R, P, D) and (Q, w, *kernel, D). The R * Q combinations of the first
+            letters are the weight's channels along `axis`, the P * w others those along its other
+            axis; surplus channels at the end are left out. P or Q is 1. Of embeddings of channels,
+            (out, D), (in, D) and (*kernel, D).
         axis: The weight's axis along which the first factor goes.
 
     Returns:
@@ -208,7 +209,7 @@ _Form = _Linear | _Convolution
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """`y` in channels_last if `x` is, which rearranged channels are not by themselves."""
+    """`y` in the memory format of `x`. Rearranging channels does not keep channels_last."""
     last = _CHANNELS_LAST.get(x.ndim)
     if last and not x.is_contiguous() and x.is_contiguous(memory_format=last):
         return y.contiguous(memory_format=last)

@@ -43,13 +43,15 @@ LEAD = 16
 MAX_HIDDEN = 64
 """The paper's hidden size; generation costs about this many multiply-adds per weight and more."""
 TILE_WEIGHTS = (256, 1152)
-"""Bounds of the weights in a tile: below, the embeddings dominate; above, the arithmetic does.
+"""Fewest and most weights of a tile.
 
-Each weight costs as many multiply-adds as an embedding is long, which at 10x is a tenth of this.
-Tiles of half the size that fits best miss about a tenth more of the squared norm.
+Tiles that are too small spend the parameters on embeddings. Tiles that are too large make generation
+slow: a weight costs as many multiply-adds as an embedding is long, and the planner gives larger tiles
+longer embeddings (at compression 10, a tenth of the tile's weights). Tiles of half the size that fits
+best leave about a tenth more of the squared error.
 """
 SLENDER = 0.85
-"""Weights in a tile over those of a square matrix of tiles, where there is no hidden layer.
+"""Factor on the size of a tile of one row, from the size at which the matrix of tiles is square.
 
 It makes tiles of 64 kernels in ResNet-20 and ResNet-56 on CIFAR-10. Of 8 to 128 kernels, about 64
 trained fastest from scratch, and fitted trained weights best, or nearly, by `fit_` with data.

@@ -279,9 +279,10 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
-    """Lets a weight say under no_grad that it trains, as a dense parameter does there.
+    """The weight, which requires a gradient under no_grad too, as a dense parameter does.
 
-    torch.matmul looks at it when it chooses a kernel, and kernels round differently.
+    torch.matmul chooses its kernel by this flag, and different kernels round differently. Without
+    it the outputs would not be those of the dense model bit for bit.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     if trains and not torch.is_grad_enabled() and not traced:

@@ -268,21 +268,13 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
             f"these explicit sizes save nothing: {choice.dense:,} weights would be generated from "
             f"{choice.hyper:,} parameters"
         )
-    plan = Plan(
-        config=config,
+    plan = replace(
+        _empty_plan(found, config, notes),
         family_name=choice.family.name,
-        sites=(),
-        dynamic=found.dynamic,
-        skips=found.skips,
-        untargeted=found.untargeted,
-        order=found.order,
         lead=lead,
         heads=tuple(h for h, keep in zip(all_heads, heads_kept[:, 0], strict=True) if keep),
         embedding_dim=choice.embedding_dim,
         hidden_dim=choice.hidden_dim,
-        total_params=found.total_params,
-        total_bytes=found.total_bytes,
-        notes=tuple(notes),
     )
     by_kernel = {head.kernel: head for head in all_heads}
     sites: list[PlannedSite] = []
@@ -294,8 +286,7 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
             continue
         reason = "would grow: its embeddings are no smaller"
         if planned.hyper_params < site.dense_params:
-            kernel = site.kernel
-            reason = f"would grow: too few {kernel} weights for an output layer of their own"
+            reason = f"would grow: too few {site.kernel} weights for an output layer of their own"
         skips.append(Skip(site.name, reason, site.dense_params))
     return replace(plan, sites=tuple(sites), skips=(*found.skips, *skips))
 
@@ -308,6 +299,17 @@ def _dynamic_plan(found: Found, config: HyperConfig) -> Plan:
             f"max_params={config.max_params:,} cannot be met: dynamic layers have more parameters "
             f"than the dense ones, {total:,} in the whole model instead of {found.total_params:,}."
         )
+    notes = _dynamic_notes(found)
+    if config.max_params is None and config.compression is not None:
+        notes.append(
+            f"compression {config.compression:g} is asked of generated weights, of which there are "
+            "none; it is not asked of dynamic layers"
+        )
+    return _empty_plan(found, config, notes)
+
+
+def _empty_plan(found: Found, config: HyperConfig, notes: list[str]) -> Plan:
+    """What was found, with no generated weight yet."""
     return Plan(
         config=config,
         family_name="",
@@ -322,7 +324,7 @@ def _dynamic_plan(found: Found, config: HyperConfig) -> Plan:
         hidden_dim=0,
         total_params=found.total_params,
         total_bytes=found.total_bytes,
-        notes=tuple(_dynamic_notes(found)),
+        notes=tuple(notes),
     )
 
 

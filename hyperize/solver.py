@@ -179,7 +179,7 @@ class Problem:
         return mean
 
     def pull(self, at: int) -> float:
-        """Weight of a site in the start, in units of its scaled weights."""
+        """How much a site counts in the start, where targets are divided by their deviation."""
         if at in self.moments:
             return 1.0
         return self.factor[at] * float(self.constants[at][0]) ** 2
@@ -306,8 +306,8 @@ class Problem:
     def balance(self) -> None:
         """Rescales each component of the embeddings to unit variance, which changes no weight.
 
-        Gradients of the layer that reads them are even then; they start that way, so that what
-        alternation does to them is put right.
+        The layer that reads the embeddings takes the inverse factors. Its gradients are then of
+        the same size for all components, as they are at initialisation.
         """
         for part in zip(*self.z.values(), strict=True):
             squares = torch.stack([z.square().sum(0) for z in part]).sum(0)

@@ -79,7 +79,10 @@ class Grid(NamedTuple):
 
     @property
     def blocks(self) -> tuple[int, int] | None:
-        """Tiles along a row, and rows in a tile, one of which is 1; None if rows end in tiles."""
+        """How many tiles make a row, and how many rows make a tile; one of the two is 1.
+
+        None where rows end in the middle of tiles, so that neither is a whole number.
+        """
         columns = self.turned[1]
         if self.parts > 1:
             return self.parts, 1
@@ -163,5 +166,8 @@ def channels(shape: Sequence[int], axis: int) -> tuple[int, int]:
 
 
 def first(x: Tensor, length: int) -> Tensor:
-    """`x[:length]`, whose backward pass fills and copies, also where nothing is cut off."""
+    """The first rows of `x`; `x` itself, if these are all.
+
+    The backward pass of a slice fills a tensor with zeros and copies, even if nothing is cut off.
+    """
     return x if len(x) == length else x[:length]
