@@ -45,10 +45,10 @@ MAX_HIDDEN = 64
 TILE_WEIGHTS = (256, 1152)
 """Fewest and most weights of a tile.
 
-Tiles that are too small spend the parameters on embeddings. Tiles that are too large make generation
-slow: a weight costs as many multiply-adds as an embedding is long, and the planner gives larger tiles
-longer embeddings (at compression 10, a tenth of the tile's weights). Tiles of half the size that fits
-best leave about a tenth more of the squared error.
+Tiles that are too small spend the parameters on embeddings. Tiles that are too large make
+generation slow: a weight costs as many multiply-adds as an embedding is long, and the planner gives
+larger tiles longer embeddings (at compression 10, a tenth of the tile's weights). Tiles of half the
+size that fits best leave about a tenth more of the squared error.
 """
 SLENDER = 0.85
 """Factor on the size of a tile of one row, from the size at which the matrix of tiles is square.

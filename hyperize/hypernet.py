@@ -17,6 +17,7 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -243,24 +244,46 @@ class HyperNet(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # The list of missing keys is the same one throughout a walk
-        opens = self.__dict__.get("_loading") is not missing_keys
-        self.__dict__["_loading"] = missing_keys
+        load = self.__dict__.get("_load")
+        if load is None or load.missing is not missing_keys:
+            load = self.__dict__["_load"] = _Load(missing_keys)
         own = {prefix + name: param for name, param in self.named_parameters()}
-        if not opens:
-            given = {key: state_dict[key] for key in own if key in state_dict}
-            if any(not _equal(own[key], value) for key, value in given.items()):
+        given = [key for key in own if key in state_dict]
+        if given and load.loaded:
+            if not all(_equal(own[key], state_dict[key]) for key in given):
                 error_msgs.append(
                     f"{prefix[:-1]} is one hypernetwork with other parts of this model, but the "
                     "state dict has different values for it in different places."
                 )
-            state_dict.update(own)  # in this walk it has been loaded, so it keeps what it has
+        elif given:
+            missing_keys[:] = [key for key in missing_keys if key not in load.reported]
+            load.loaded = True
+        else:
+            if not load.loaded and not load.reported:
+                load.reported = list(own)
+                missing_keys.extend(own)
+            state_dict.update(own)  # so that nothing below changes, or is missing once more
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_loading")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_load")}
+
+
+@dataclass
+class _Load:
+    """What one call of `load_state_dict` has done to a hypernetwork, which it meets several times.
+
+    Attributes:
+        missing: The list of missing keys, which is the same one throughout the call.
+        reported: The hypernetwork's keys among them, until a later layer has them.
+        loaded: Whether a layer had them.
+    """
+
+    missing: list[str]
+    reported: list[str] = field(default_factory=list)
+    loaded: bool = False
 
 
 def _equal(a: Tensor, b: Any) -> bool:

@@ -176,6 +176,16 @@ class Generated(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
+    def apply(self, fn: Callable[[nn.Module], None]) -> Generated:
+        """As of any module; also on the hypernetwork, once for each layer that shares it."""
+        self.hypernet.apply(fn)
+        return super().apply(fn)
+
+    def train(self, mode: bool = True) -> Generated:
+        """As of any module; the hypernetwork has the flag, too, and computes the same with it."""
+        self.hypernet.train(mode)
+        return super().train(mode)
+
     def __repr__(self) -> str:
         shell = object.__new__(type(self))
         shell.__dict__.update(self.__dict__)

@@ -124,7 +124,7 @@ class Problem:
         self.family.start(self)
 
     def randomise(self) -> None:
-        """Draws all blocks, then fits the weights alone: outputs are too far from a random start."""
+        """Draws all blocks, and fits the weights alone before the outputs, if there are moments."""
         generator = torch.Generator("cpu").manual_seed(0)
         for tensor in (*self.net.parameters(), *chain.from_iterable(self.z.values())):
             tensor.copy_(torch.randn(tensor.shape, generator=generator, device="cpu"))
