@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import FULL, QUICK, Effort, Row, alternate, per_item
 from hyperize import HyperConfig, hyperize
-from hyperize.hypernet import HyperNet
-from hyperize.rewrite import find_hypernet, generated_layers
+from hyperize.layers import Generated
+from hyperize.parts import find_groups, generated_layers
 
 Work = Callable[[], object]
 
@@ -51,10 +51,10 @@ def _of_model(
 def generators(hyper: nn.Module) -> tuple[Work, Work]:
     """Generate all weights: without gradients, and with the backward pass."""
     layers = [(m, name) for m in generated_layers(hyper).values() for name in m.generated]
-    hypernet = find_hypernet(hyper)[1]
-    parameters = [getattr(layer, f"{name}_embedding") for layer, name in layers]
+    hypernet = find_groups(hyper)[0].hypernet
+    parameters = [layer.embedding(name) for layer, name in layers]
     parameters += hypernet.parameters()
-    gradients = [torch.randn(p.site.shape) for p in hypernet.plan.sites]
+    gradients = [torch.randn(layer.grids[name].shape) for layer, name in layers]
 
     @torch.no_grad()
     def forward() -> None:
@@ -74,14 +74,11 @@ def products(hyper: nn.Module) -> tuple[Work, Work]:
     A product's backward pass is two products. What comes besides (scales, offsets, biases, sums
     over the sites) is the generator's, and not here.
     """
-    hypernet = find_hypernet(hyper)[1]
     operands = [
         pair
         for layer in generated_layers(hyper).values()
         for name in layer.generated
-        for pair in _operands(
-            hypernet, getattr(layer, f"{name}_embedding"), layer._site_index[name]
-        )
+        for pair in _operands(layer, name)
     ]
     gradients = [torch.randn(len(left), right.shape[1]) for left, right in operands]
 
@@ -102,17 +99,19 @@ def products(hyper: nn.Module) -> tuple[Work, Work]:
 
 
 @torch.no_grad()
-def _operands(hypernet: HyperNet, embedding: Tensor, site: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What a site's products multiply."""
-    rows, weight, _ = hypernet._factors(embedding, site)
+def _operands(layer: Generated, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """What the products of a generated weight multiply."""
+    hypernet, embedding = layer.hypernet, layer.embedding(name)
+    site = embedding, layer.get_buffer(f"{name}_constants"), layer.grids[name]
+    rows, weight, _ = hypernet.family.factors(hypernet, site)
     yield rows.clone(), weight.clone().t()
-    if hypernet.trunk is not None:
-        yield embedding.detach(), hypernet.trunk.weight.detach().t()
+    for shared in hypernet.plan.shared:
+        yield embedding.detach(), hypernet.layer(shared)[0].detach().t()
 
 
 def copies(hyper: nn.Module) -> Work:
     """Copies all weights once: what is written, is read before. The limit is memory's speed."""
-    weights = [torch.randn(p.site.shape) for p in find_hypernet(hyper)[1].plan.sites]
+    weights = [torch.randn(p.site.shape) for p in find_groups(hyper)[0].plan.sites]
 
     def copy() -> None:
         for weight in weights:

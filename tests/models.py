@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hyperize.parts import generated_layers
+
 
 class CRNN(nn.Module):
     """Convolutions, then a bidirectional LSTM over the columns, as for reading text lines."""
@@ -252,3 +254,16 @@ def _id_of(value):
     if isinstance(value, type):
         return value.__name__
     return "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else None
+
+
+def embeddings_of(hyper):
+    """The embeddings of a hyperized model by identity, one for each generated weight."""
+    layers = generated_layers(hyper).values()
+    return [id(layer.embedding(name)) for layer in layers for name in layer.generated]
+
+
+def calls_of(hyper):
+    """A list of the embeddings, by identity, that the hypernetwork is called with from now on."""
+    calls = []
+    hyper.hypernet.register_forward_hook(lambda module, args, output: calls.append(id(args[0])))
+    return calls

@@ -123,19 +123,16 @@ def test_pairs_are_timed_within_the_bounds(benchmarks):
 @pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}, {"hidden_dim": 16}])
 def test_the_bare_products_are_those_of_the_plan(options, benchmarks):
     from hyperize import hyperize
-    from hyperize.rewrite import find_hypernet, generated_layers
+    from hyperize.parts import generated_layers
 
     convolutions = [nn.Conv2d(32, 32, 3), nn.Conv2d(32, 64, 3), nn.Conv2d(64, 64, 1)]
     hyper = hyperize(nn.Sequential(*convolutions), compression=4, seed=0, **options)
-    hypernet = find_hypernet(hyper)[1]
     macs = sum(
         left.shape[0] * left.shape[1] * right.shape[1]
         for layer in generated_layers(hyper).values()
-        for left, right in benchmarks["generation"]._operands(
-            hypernet, layer.weight_embedding, layer._site_index["weight"]
-        )
+        for left, right in benchmarks["generation"]._operands(layer, "weight")
     )
-    assert macs == hypernet.plan.generator_macs
+    assert macs == hyper.hypernet.plan.generator_macs
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from hyperize import (
     ConfigError,
     HyperConfig,
+    Plan,
     as_graph,
     dense_state_dict,
     export_onnx,
@@ -24,13 +25,14 @@ from hyperize import (
     hyperize,
     load,
     make_plan,
-    planning,
     report,
     save,
 )
-from hyperize.factorized import expand, is_plain, multiply
+from hyperize import plan as plans
+from hyperize.factorized import expand, multiply
 from hyperize.hypernet import HyperNet
-from hyperize.rewrite import find_hypernet, generated_layers
+from hyperize.parts import find_groups, generated_layers
+from hyperize.sites import _is_plain
 
 EXACT = 1e-11
 """Relative error, in norm, of products in another order in float64; 1e-14 was measured."""
@@ -45,7 +47,7 @@ def error(got, wanted):
 @pytest.fixture
 def everywhere(monkeypatch):
     """Factors wherever tiles line up, though the layers of small models are faster without."""
-    monkeypatch.setattr(planning, "BALANCE", -(10**9))
+    monkeypatch.setattr(plans, "BALANCE", -(10**9))
 
 
 # ----------------------------------------------------------------------------------- one layer
@@ -139,8 +141,8 @@ def test_which_layers_are_plain():
         *(Own(4, 4, 1), OwnProduct(4, 4, 1), Conv2dSame(4, 4, 1), StdConv2d(4, 4, 1), changed),
         *(nn.Conv2d(4, 4, 1, groups=2), nn.ConvTranspose2d(4, 4, 1), nn.LSTM(4, 4), nn.Identity()),
     ]
-    assert all(map(is_plain, plain))
-    assert not any(map(is_plain, others))
+    assert all(map(_is_plain, plain))
+    assert not any(map(_is_plain, others))
 
 
 # -------------------------------------------------------------------------------- whole models
@@ -193,7 +195,18 @@ GENERATORS = {
 
 
 def hypernet_of(model):
-    return find_hypernet(model)[1]
+    return find_groups(model)[0].hypernet
+
+
+def factorable(model):
+    """The planned sites of the layers that use factors."""
+    return [m.sites["weight"] for m in generated_layers(model).values() if m.factorable]
+
+
+def embeddings_of(model, factorable):
+    """The embeddings, by identity, of all layers that use factors, or of all that do not."""
+    layers = generated_layers(model).values()
+    return {id(m.embedding(n)) for m in layers if m.factorable is factorable for n in m.generated}
 
 
 def pair(name, dtype=torch.double, **options):
@@ -238,21 +251,21 @@ def assert_close(got, wanted, tolerance=EXACT):
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_are_those_with_weights(name, generator, penalty, everywhere):
     weights, factorized, x = pair(name, **GENERATORS[generator])
-    assert hypernet_of(factorized).factorable
+    assert factorable(factorized)
     wanted = outputs_and_gradients(weights, x, penalty)
     assert_close(outputs_and_gradients(factorized, x, penalty), wanted)
 
 
 @pytest.fixture
 def products(monkeypatch):
-    """Lists that grow by a site whenever its weight, or its factors, are made."""
+    """Lists that grow by an embedding's identity whenever its weight, or its factors, are made."""
     weights, factors = [], []
     for sites, name in ((weights, "_generate"), (factors, "_factorize")):
         made = getattr(HyperNet, name)
 
-        def counted(self, embedding, site, made=made, sites=sites):
-            sites.append(site)
-            return made(self, embedding, site)
+        def counted(self, embedding, constants, grid, made=made, sites=sites):
+            sites.append(id(embedding))
+            return made(self, embedding, constants, grid)
 
         monkeypatch.setattr(HyperNet, name, counted)
     return weights, factors
@@ -264,23 +277,20 @@ def test_no_weight_is_made_where_factors_are(name, everywhere, products):
     weights, factors = products
     weights.clear()  # some are made for the statistics of the start
     model(x)
-    assert set(factors) == hypernet_of(model).factorable
-    assert not set(factors) & set(weights)
-    assert set(factors) | set(weights) == set(range(len(hypernet_of(model).plan.sites)))
+    assert set(factors) == embeddings_of(model, factorable=True)
+    assert set(weights) == embeddings_of(model, factorable=False)
+    assert len(set(factors)) + len(set(weights)) == len(hypernet_of(model).plan.sites)
 
 
 def test_only_plain_layers_use_factors(everywhere):
     _, model, _ = pair("convolutions", embeddings="channel")
-    plan, used = model.hypernet.plan, model.hypernet.factorable
-    paths = {plan.sites[site].site.path for site in used}
+    paths = {planned.site.path for planned in factorable(model)}
     assert {"dilated", "row", "column", "reflect"} <= paths
     assert not {"depthwise", "grouped"} & paths  # by their groups
     for name in ("attention", "crnn"):
         _, model, _ = pair(name)
-        plan = hypernet_of(model).plan
-        kinds = {plan.sites[site].site.kind for site in hypernet_of(model).factorable}
-        assert kinds <= {"conv2d", "linear"}
-        assert {"attention", "lstm"} & {planned.site.kind for planned in plan.sites}
+        assert {planned.site.kind for planned in factorable(model)} <= {"conv2d", "linear"}
+        assert {"attention", "lstm"} & {p.site.kind for p in hypernet_of(model).plan.sites}
 
 
 def test_a_plan_that_calls_a_layer_plain_is_not_believed(everywhere):
@@ -316,12 +326,12 @@ def test_multiply_adds_are_those_that_torch_counts(name, generator, everywhere):
     plan = hypernet.plan
     layers = generated_layers(model)
     counted = 0
-    for site in sorted(hypernet.factorable):
-        layer = layers[plan.sites[site].site.path]
-        if not all(side % 2 for side in plan.sites[site].site.shape[2:]):
+    for planned in factorable(model):
+        layer = layers[planned.site.path]
+        if not all(side % 2 for side in planned.site.shape[2:]):
             continue  # the output cannot have as many positions as the input
         counted += 1
-        factors = hypernet(layer.weight_embedding, site, True)
+        factors = hypernet(layer.weight_embedding, layer.weight_constants, planned.grid, True)
         if isinstance(layer, nn.Linear):
             x = torch.randn(1, layer.in_features, dtype=torch.double)
         else:  # one position of the output, and for the products before a kernel as many
@@ -329,9 +339,9 @@ def test_multiply_adds_are_those_that_torch_counts(name, generator, everywhere):
             layer.padding = tuple(side // 2 for side in layer.kernel_size)
             x = torch.randn(1, layer.in_channels, 9, 9, dtype=torch.double)
         with FlopCounterMode(display=False) as counter:
-            y = multiply(layer, x, factors, hypernet.trunk_axis)
+            y = multiply(layer, x, factors, planned.grid.axis)
         positions = y[0, 0].numel() if y.ndim > 2 else 1
-        assert counter.get_total_flops() == 2 * positions * plan.factorized_macs(plan.sites[site])
+        assert counter.get_total_flops() == 2 * positions * plan.factorized_macs(planned)
     assert counted
 
 
@@ -374,10 +384,10 @@ def test_a_plan_says_if_no_layer_gains():
 def test_older_plans_have_no_plain_layers():
     plan = make_plan(timm.create_model("resnet18"), factorized=True)
     data = plan.to_dict()
-    assert planning.Plan.from_dict(data) == plan
+    assert Plan.from_dict(data) == plan
     for site in data["sites"]:
-        del site["site"]["plain"]
-    older = planning.Plan.from_dict(data)
+        del site["plain"]
+    older = Plan.from_dict(data)
     assert any(map(plan.factorized_macs, plan.sites))
     assert not any(map(older.factorized_macs, older.sites))
 
@@ -385,7 +395,7 @@ def test_older_plans_have_no_plain_layers():
 # ------------------------------------------------------------------------------- what goes with it
 def test_the_switch_works_at_any_time_and_the_dense_model_is_the_same():
     weights, factorized, x = pair("resnet18", torch.float, compression=10)
-    assert 8 < len(factorized.hypernet.factorable) < len(factorized.hypernet.plan.sites)
+    assert 8 < len(factorable(factorized)) < len(factorized.hypernet.plan.sites)
     got, wanted = factorized(x), weights(x)
     assert not torch.equal(got, wanted)
     assert error(got, wanted) < SINGLE
@@ -410,7 +420,7 @@ def test_copies_pickles_and_files_keep_the_choice(tmp_path, everywhere):
     ]
     for other in again:
         assert other.hypernet.factorized
-        assert other.hypernet.factorable == model.hypernet.factorable
+        assert factorable(other) == factorable(model) != []
         assert torch.equal(other(x), wanted)
 
 
@@ -472,7 +482,7 @@ def test_nothing_is_recomputed_where_no_weight_is_kept(everywhere, products):
     weights.clear()
     factors.clear()
     again = outputs_and_gradients(model, x)
-    assert len(factors) == len(model.hypernet.factorable)
+    assert len(factors) == len(factorable(model)) > 0
     assert len(weights) == 2 * (len(model.hypernet.plan.sites) - len(factors))
     assert all(torch.equal(again[name], kept[name]) for name in kept)
 

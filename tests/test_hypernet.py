@@ -13,11 +13,12 @@ EXACT = {"rtol": 0, "atol": 1e-12}
 SHAPES = [(64, 32, 3, 3), (20, 12, 3, 3), (33, 50, 1, 1), (96, 1, 3, 3), (60, 9, 1, 7), (48, 20)]
 
 
-def literal(hypernet, z, at):
+def literal(hypernet, layer):
     """arXiv 1609.09106, eq. 4: K_i = W_out (W_i z + B_i) + B_out, tiles laid out one by one."""
-    plan, planned = hypernet.plan, hypernet.plan.sites[at]
+    plan, planned = hypernet.plan, layer.sites["weight"]
     axis, grid = plan.config.trunk_axis, planned.grid
     shape = planned.site.shape
+    z, (scale, offset) = layer.weight_embedding, layer.weight_constants
     elements = torch.Size(shape[2:]).numel()
     head = hypernet.heads[grid.kernel]
     w = hypernet.trunk.weight.view(plan.lead, plan.hidden_dim, plan.embedding_dim)
@@ -38,10 +39,7 @@ def literal(hypernet, z, at):
     if grid.parts > 1:
         rows = rows[: grid.rows, : count // grid.rows]
     kernel = rows.flatten()[:count].view(turned)
-    return (
-        hypernet.scale[at] * (kernel.transpose(0, 1) if axis == 1 else kernel)
-        + (hypernet.offset[at])
-    )
+    return scale * (kernel.transpose(0, 1) if axis == 1 else kernel) + offset
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -62,21 +60,23 @@ def test_agrees_with_the_equation(axis, tile):
     with torch.no_grad():
         for p in hypernet.parameters():  # biases start at zero: give every term a say
             p.copy_(torch.randn_like(p))
-        hypernet.offset.copy_(torch.randn_like(hypernet.offset))
+        for layer in hyper:
+            layer.weight_constants.copy_(torch.randn(2))
     for layer, planned in zip(hyper, hypernet.plan.sites, strict=True):
-        at = layer._site_index["weight"]
+        assert layer.sites["weight"] == planned
         weight = layer.weight
         assert weight.is_contiguous()
         assert tuple(weight.shape) == planned.site.shape
-        expected = literal(hypernet, layer.weight_embedding, at)
-        torch.testing.assert_close(weight, expected, **EXACT)
+        torch.testing.assert_close(weight, literal(hypernet, layer), **EXACT)
 
 
 def test_many_sites_in_one_call_are_the_single_calls():
     model = nn.Sequential(nn.Conv2d(32, 64, 3), nn.Conv2d(64, 32, 1))
     hyper = hyperize(model, compression=3, tile=(16, 16))
-    z = tuple(layer.weight_embedding for layer in hyper)
-    together = hyper[0].hypernet(z, (0, 1))
+    arguments = (
+        (layer.weight_embedding, layer.weight_constants, layer.grids["weight"]) for layer in hyper
+    )
+    together = hyper[0].hypernet(*zip(*arguments, strict=True))
     for weight, layer in zip(together, hyper, strict=True):
         assert torch.equal(weight, layer.weight)
 
@@ -117,13 +117,14 @@ def test_a_kernel_is_made_of_the_product_of_its_channels(trunk_axis):
         for param in hypernet.parameters():
             param.normal_()
     head = hypernet.heads["3x3"]
-    for at, layer in enumerate(hyper):
+    for layer in hyper:
         rows, columns = (layer.out_channels, layer.in_channels)[:: 1 - 2 * trunk_axis]
         u, v = layer.weight_embedding.split([rows, columns])
         kernels = torch.einsum("ir,jr,kr->ijk", u, v, head.weight) + head.bias
         if trunk_axis == 1:
             kernels = kernels.transpose(0, 1)
-        expected = hypernet.scale[at] * kernels + hypernet.offset[at]
+        scale, offset = layer.weight_constants
+        expected = scale * kernels + offset
         torch.testing.assert_close(layer.weight.flatten(2), expected)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import hyperize
 from hyperize import HyperConfig
-from hyperize.rewrite import generated_layers
+from hyperize.parts import generated_layers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -71,7 +71,8 @@ def test_the_generator_is_the_formula_of_the_paper(example):
     w_out, b_out = head.weight.view(16, 7, 7, 4), head.bias.view(16, 7, 7)
     a = torch.einsum("idn,n->id", w, z) + b
     kernel = torch.einsum("ofgd,id->oifg", w_out, a) + b_out[:, None]
-    torch.testing.assert_close(hyper.conv2.weight, net.scale * kernel + net.offset)
+    scale, offset = hyper.conv2.weight_constants
+    torch.testing.assert_close(hyper.conv2.weight, scale * kernel + offset)
 
 
 # -------------------------------------------------------------------------------------- networks

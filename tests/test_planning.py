@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hyperize import BudgetError, ConfigError, HyperConfig, Plan, hyperize, make_plan
-from hyperize.planning import Head, make_grid
+from hyperize.tiling import Head, make_grid
 
 MODELS = ["resnet18", "mobilenetv3_small_050", "mixnet_s", "inception_v3", "sequencer2d_s"]
 
@@ -131,7 +131,7 @@ def test_the_generator_is_shared_by_all_kinds():
     plan = make_plan(net, compression=4)
     assert {p.site.kind for p in plan.sites} == {"conv2d", "lstm"}
     hyper = hyperize(net, compression=4)
-    assert hyper["conv"]._hypernet is hyper["lstm"]._hypernet
+    assert hyper["conv"].hypernet is hyper["lstm"].hypernet
 
 
 def test_explicit_sizes_win_over_the_default_request_and_say_so():

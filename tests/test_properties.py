@@ -154,7 +154,7 @@ def test_counts_of_the_plan_are_those_of_the_model(net, request):
     )
     embeddings = dict(hyper.named_parameters())
     for entry in plan.sites:
-        assert embeddings[entry.site.name + "_embedding"].numel() == entry.hyper_params
+        assert embeddings[entry.site.name].numel() == entry.hyper_params
     assert plan.dense_params - plan.hyper_params == count(model) - count(hyper)
 
 

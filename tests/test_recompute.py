@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperize import ConfigError, HyperConfig, generated_l2, hyperize, load, save
-from hyperize.rewrite import find_hypernet
+from hyperize.parts import find_groups
 
 
 def vision(name):
@@ -50,7 +50,7 @@ def case(name, **options):
 
 
 def generator(model):
-    return find_hypernet(model)[1]
+    return find_groups(model)[0].hypernet
 
 
 def step(model, x, amp=False):

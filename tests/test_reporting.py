@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hyperize import ModelError, hyperize, make_plan, report, to_dense
+from hyperize.parts import generated_layers
 
 MODELS = ["resnet18", "mobilenetv3_small_050", "sequencer2d_s", "vit_tiny_patch16_224"]
 
@@ -46,10 +47,10 @@ def test_totals_are_the_models_own(name):
     assert result.total_hyper_params == sum(p.numel() for p in hyper.parameters())
     assert result.dense_bytes == bytes_of(dense)
     assert result.hyper_bytes == bytes_of(hyper)
-    embeddings = {n: p for n, p in hyper.named_parameters() if n.endswith("_embedding")}
-    assert sum(row.hyper_params for row in result.sites) == sum(
-        p.numel() for p in embeddings.values()
-    )
+    layers = generated_layers(hyper).values()
+    embeddings = [layer.embedding(name) for layer in layers for name in layer.generated]
+    assert len(result.sites) == len(embeddings)
+    assert sum(row.hyper_params for row in result.sites) == sum(p.numel() for p in embeddings)
     for row in result.sites:
         assert tuple(dense.get_parameter(f"{row.path}.{row.param}").shape) == row.shape
     assert result.compression >= 10

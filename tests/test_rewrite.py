@@ -24,7 +24,9 @@ from models import (
     Transposed,
     Untraceable,
     UsedTwice,
+    calls_of,
     count,
+    embeddings_of,
     meta,
     randomise,
     same,
@@ -39,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from hyperize import HyperConfig, dense_state_dict, hyperize, make_plan, to_dense
 from hyperize.hypernet import HyperNet
 from hyperize.layers import Generated
-from hyperize.rewrite import generated_layers
+from hyperize.parts import generated_layers
 
 SPLIT_SUMS = 1e-5
 """Of outputs near 1 in float32, whose sums kernels split by the number of their threads."""
@@ -383,9 +385,7 @@ def test_training_flags_are_kept():
     hyper = hyperize(model, compression=2)
     flags = {path: m.training for path, m in model.named_modules()}
     assert {path: hyper.get_submodule(path).training for path in flags} == flags
-    assert hyper.hypernet.training
     assert {path: m.training for path, m in to_dense(hyper).named_modules()} == flags
-    assert not hyperize(model.eval(), compression=2).hypernet.training
 
 
 def test_the_default_dtype_does_not_leak_in():
@@ -424,7 +424,8 @@ def test_inplace_returns_the_same_object():
     assert dense is model
     assert list(dense.state_dict()) == keys
     assert type(dense.conv1) is nn.Conv2d
-    assert "hypernet" not in dict(dense.named_modules())
+    assert not any(isinstance(m, HyperNet) for m in dense.modules())
+    assert not hasattr(dense, "hypernet")
     assert torch.equal(dense(x), expected)
 
 
@@ -432,7 +433,7 @@ def test_a_seed_gives_the_same_weights_and_another_seed_others():
     model = Stage()
     one, again, two = (hyperize(model, compression=2, seed=s).state_dict() for s in (1, 1, 2))
     assert all(torch.equal(one[name], again[name]) for name in one)
-    assert not torch.equal(one["conv1.weight_embedding"], two["conv1.weight_embedding"])
+    assert not torch.equal(one["conv1.weight"], two["conv1.weight"])
 
 
 def test_without_a_seed_the_global_generator_decides():
@@ -443,8 +444,8 @@ def test_without_a_seed_the_global_generator_decides():
     again = hyperize(model, compression=2).state_dict()
     torch.manual_seed(6)
     two = hyperize(model, compression=2).state_dict()
-    assert torch.equal(one["conv1.weight_embedding"], again["conv1.weight_embedding"])
-    assert not torch.equal(one["conv1.weight_embedding"], two["conv1.weight_embedding"])
+    assert torch.equal(one["conv1.weight"], again["conv1.weight"])
+    assert not torch.equal(one["conv1.weight"], two["conv1.weight"])
 
 
 def test_attributes_and_methods_of_timm_stay():
@@ -712,12 +713,12 @@ def test_a_part_of_a_model_can_be_copied_with_its_generator():
     hyper = hyperize(Convolutions(), compression=1.5)
     part = copy.deepcopy(hyper.dilated)
     assert torch.equal(part.weight, hyper.dilated.weight)
-    assert part._hypernet is not hyper.hypernet
+    assert part.hypernet is not hyper.hypernet
 
 
 def test_a_copy_has_one_generator():
     twin = copy.deepcopy(hyperize(Convolutions(), compression=1.5))
-    generators = {id(layer._hypernet) for layer in generated_layers(twin).values()}
+    generators = {id(layer.hypernet) for layer in generated_layers(twin).values()}
     assert generators == {id(twin.hypernet)}
 
 
@@ -823,10 +824,10 @@ def test_order_is_that_of_the_graph():
 
 def test_each_layer_generates_its_weight_once_per_forward():
     hyper = hyperize(Convolutions(), compression=1.5)
-    calls = []
-    hyper.hypernet.register_forward_hook(lambda module, args, output: calls.append(args[1]))
+    calls = calls_of(hyper)
     hyper(torch.randn(1, 3, 16, 16))
-    assert sorted(calls) == list(range(len(make_plan(Convolutions(), compression=1.5).sites)))
+    assert len(calls) == len(make_plan(Convolutions(), compression=1.5).sites)
+    assert sorted(calls) == sorted(embeddings_of(hyper))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -837,11 +838,10 @@ def test_attention_generates_its_weights_once_per_forward(options, training):
     layer = nn.MultiheadAttention(64, 4, batch_first=True, **options)
     hyper = hyperize(layer, targets="attention", compression=1.5).train(training)
     dense = to_dense(hyper)
-    calls = []
-    hyper.hypernet.register_forward_hook(lambda module, args, output: calls.append(args[1]))
+    calls = calls_of(hyper)
     inputs = [torch.randn(2, n, d) for n, d in ((5, 64), (7, layer.kdim), (7, layer.vdim))]
     assert same(hyper(*inputs), dense(*inputs))
-    assert sorted(calls) == list(range(len(hyper.generated)))
+    assert sorted(calls) == sorted(embeddings_of(hyper))
     with torch.no_grad():
         assert same(hyper(*inputs, need_weights=False), dense(*inputs, need_weights=False))
 

@@ -17,7 +17,7 @@ from hyperize import (
     param_groups,
 )
 from hyperize.hypernet import HyperNet
-from hyperize.rewrite import generated_layers
+from hyperize.parts import generated_layers
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 """Of sums in another order, in float32."""
@@ -67,7 +67,7 @@ def test_ordinary_weights_of_a_hyper_model_decay_and_nothing_else():
     hyper = hyperize(Net(), compression=3, exclude="first", hidden_dim=8)
     decayed, free = names(hyper, param_groups(hyper, DECAY))
     assert decayed == {"first.weight", "head.weight"}
-    assert {"twice.weight_embedding", "hypernet.trunk.weight", "norm.weight"} < free
+    assert {"twice.weight", "twice.hypernet.trunk.weight", "norm.weight"} < free
 
 
 def test_a_wrapped_hyper_model_has_the_same_groups():
@@ -167,13 +167,13 @@ def assert_close(got, wanted, **tolerances):
 
 
 def calls(hyper, monkeypatch):
-    """A list that grows by a site's number whenever its weight is generated."""
+    """A list that grows by an embedding's identity whenever a weight is generated from it."""
     sites = []
     generate = HyperNet._generate
 
-    def counted(self, embedding, site):
-        sites.append(site)
-        return generate(self, embedding, site)
+    def counted(self, embedding, constants, grid):
+        sites.append(id(embedding))
+        return generate(self, embedding, constants, grid)
 
     monkeypatch.setattr(HyperNet, "_generate", counted)
     return sites
@@ -208,7 +208,10 @@ def test_each_site_is_generated_once_where_each_layer_is_used_once(monkeypatch):
     with generated_l2(hyper) as l2:
         hyper(torch.randn(2, 1, 8, 8))
     l2().backward()
-    assert sorted(sites) == list(range(len(hyper.hypernet.plan.sites)))
+    layers = generated_layers(hyper).values()
+    embeddings = [id(m.embedding(name)) for m in layers for name in m.generated]
+    assert len(embeddings) == len(hyper.hypernet.plan.sites)
+    assert sorted(sites) == sorted(embeddings)
     assert hyper.lstm.weight_hh_l0_embedding.grad.abs().sum() > 0
 
 

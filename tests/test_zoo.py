@@ -15,7 +15,8 @@ from torch import nn
 
 from hyperize import ConfigError, HyperConfig, make_plan, to_dense
 from hyperize.layers import Generated, spec_of
-from hyperize.rewrite import apply_plan, generated_layers
+from hyperize.parts import generated_layers
+from hyperize.rewrite import apply_plan
 from hyperize.sites import find_sites
 
 COMPRESSION = 10.0
@@ -81,7 +82,7 @@ def check(name):
 
     total = count(model)
     found = find_sites(model, HyperConfig())
-    with mock.patch("hyperize.planning.find_sites", return_value=found):  # traces once for both
+    with mock.patch("hyperize.search.find_sites", return_value=found):  # traces once for both
         plan = make_plan(model)
         explicit = {"tile": plan.tile, "hidden_dim": plan.hidden_dim}
         more = make_plan(model, embedding_dim=plan.embedding_dim + 1, **explicit)
