@@ -46,6 +46,8 @@ _REWRITING = tuple(
     f"torch.nn.utils.{name}" for name in ("parametrize", "prune", "spectral_norm", "weight_norm")
 )
 """Modules that read a parameter in order to put something else in its place."""
+_ENGINES = ("torch.distributed.", "accelerate.", "deepspeed.")
+"""What reads a module's parameters by name, to shard, move or store them."""
 _WITHOUT_RANDOMNESS = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers of which nothing has to be restored to run them again."""
 
@@ -475,20 +477,21 @@ def _new_generated(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 def _generated_property(name: str) -> property:
     def read(self: Generated) -> Tensor:
+        plain = torch.compiler.is_compiling() or _running.layer is self or torch.jit.is_tracing()
+        if not plain:
+            reader = sys._getframe(1)
+            module, function = str(reader.f_globals.get("__name__")), reader.f_code.co_name
+            if module in _REWRITING:
+                raise _assignment_error(name)
+            if module.startswith(_ENGINES) or function == "get_parameter":
+                return self.embedding(name)
+            # Encoders of torch's own read weights of their layers in their forward, and only read
+            plain = function == "forward" and module.startswith("torch.nn.")
         try:
             weight = self.generate(name)
         except AttributeError as error:  # nn.Module would say that there is no such attribute
             raise WeightError(f"{name} cannot be generated: {error}") from error
-        if torch.compiler.is_compiling() or _running.layer is self or torch.jit.is_tracing():
-            return weight
-        reader = sys._getframe(1)
-        module = str(reader.f_globals.get("__name__", ""))
-        if module in _REWRITING:
-            raise _assignment_error(name)
-        # Encoders of torch's own read weights of their layers in their forward, and only read
-        if reader.f_code.co_name == "forward" and module.startswith("torch.nn."):
-            return weight
-        return guarded(weight, f"{name} of a {type(self).__name__}")
+        return weight if plain else guarded(weight, f"{name} of a {type(self).__name__}")
 
     def assign(self: Generated, value: Any) -> None:
         raise _assignment_error(name)
