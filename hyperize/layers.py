@@ -222,12 +222,14 @@ class Generated(nn.Module):
         self._parameters[name] = param
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.generated and "_is_replica" in self.__dict__:
-            self.__dict__[name] = value  # nn.DataParallel replaces parameters by tensors
-        elif name in self.generated and not isinstance(value, nn.Parameter):
-            raise _assignment_error(name)
-        else:
+        if name not in self.generated:
             super().__setattr__(name, value)
+        elif "_is_replica" in self.__dict__:
+            self.__dict__[name] = value  # nn.DataParallel replaces parameters by tensors
+        elif isinstance(value, nn.Parameter):
+            self.register_parameter(name, value)
+        else:
+            raise _assignment_error(name)
 
     def __delattr__(self, name: str) -> None:
         if name in self.generated:
