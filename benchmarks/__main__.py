@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -134,4 +133,4 @@ def cpu() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -55,6 +55,7 @@ from paper import steps_per_epoch
 from train_cifar import SIZES, ResNet
 
 from hyperize import fit_, hyperize
+from hyperize.parts import generated_layers
 
 SHRINK = 0.98
 """Factor by which the rank of a decomposition is lowered until it has few enough parameters."""
@@ -147,12 +148,13 @@ def decomposed(replace: Replace) -> Callable[..., nn.Module]:
 
     def method(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
         hyper = ours(teacher, ratio, args)
-        paths = dict.fromkeys(planned.site.path for planned in hyper.hypernet.plan.sites)
         most, share = size(hyper), 1.0 / ratio
         while True:
             model = copy.deepcopy(teacher)
-            for path in paths:
-                model.set_submodule(path, replace(model.get_submodule(path), share))
+            for path in generated_layers(hyper):
+                conv = model.get_submodule(path)
+                assert isinstance(conv, nn.Conv2d)
+                model.set_submodule(path, replace(conv, share))
             if size(model) <= most:
                 break
             share *= SHRINK
@@ -168,14 +170,17 @@ def chain(*layers: tuple[nn.Conv2d, Tensor]) -> nn.Sequential:
     return nn.Sequential(*(layer for layer, _ in layers))
 
 
+def spatial(conv: nn.Conv2d) -> dict[str, Any]:
+    return {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
+
+
 def svd(conv: nn.Conv2d, share: float) -> nn.Sequential:
     weight = conv.weight.detach()
     n_out, n_in = weight.shape[:2]
     rank = max(1, int(share * weight.numel() / (n_out + weight[0].numel())))
     u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-    spatial = {"stride": conv.stride, "padding": conv.padding, "bias": False}
     return chain(
-        (nn.Conv2d(n_in, rank, conv.kernel_size, **spatial), s[:rank, None] * v[:rank]),
+        (nn.Conv2d(n_in, rank, bias=False, **spatial(conv)), s[:rank, None] * v[:rank]),
         (nn.Conv2d(rank, n_out, 1, bias=False), u[:, :rank]),
     )
 
@@ -188,10 +193,9 @@ def tucker(conv: nn.Conv2d, share: float) -> nn.Sequential:
     a = (math.sqrt(factors**2 + 4 * core * share * weight.numel()) - factors) / (2 * core)
     ranks = [max(1, int(a * n_out)), max(1, int(a * n_in))]
     (core, (u_out, u_in)), _ = partial_tucker(weight, rank=ranks, modes=[0, 1], init="svd")
-    spatial = {"stride": conv.stride, "padding": conv.padding, "bias": False}
     return chain(
         (nn.Conv2d(n_in, ranks[1], 1, bias=False), u_in.t()),
-        (nn.Conv2d(ranks[1], ranks[0], conv.kernel_size, **spatial), core),
+        (nn.Conv2d(ranks[1], ranks[0], bias=False, **spatial(conv)), core),
         (nn.Conv2d(ranks[0], n_out, 1, bias=False), u_out),
     )
 
@@ -202,8 +206,8 @@ def cp(conv: nn.Conv2d, share: float) -> nn.Sequential:
     rank = max(1, int(share * weight.numel() / sum(weight.shape)))
     scale, factors = parafac(weight, rank=rank, init="random", random_state=0, n_iter_max=200)
     out, into, rows, columns = factors
-    (sh, sw), (ph, pw) = conv.stride, conv.padding
-    deep = {"groups": rank, "bias": False}
+    (sh, sw), (ph, pw) = spatial(conv)["stride"], spatial(conv)["padding"]
+    deep: dict[str, Any] = {"groups": rank, "bias": False}
     return chain(
         (nn.Conv2d(n_in, rank, 1, bias=False), into.t()),
         (nn.Conv2d(rank, rank, (height, 1), (sh, 1), (ph, 0), **deep), rows.t()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 
 import timm
@@ -68,21 +69,16 @@ def _on_meta(name: str) -> nn.Module:
 
 def _zoo(names: Sequence[str]) -> Iterator[Row]:
     """Each model is made on meta and planned, once; a pair is a model."""
-    making, planned, without = [], [], 0
+    pairs = []
     console = Console(stderr=True)
     make_plan(_on_meta("resnet18"))  # the first plan of a process also loads torch.fx
     for name in track(names, "the zoo", console=console, disable=not console.is_terminal):
-        made: list[nn.Module] = []
-        time = seconds(lambda made=made, name=name: made.append(_on_meta(name)))
-        try:
-            planned.append(seconds(lambda made=made: make_plan(made[0])))
-        except ConfigError:  # no convolution and no LSTM, so that there is nothing to plan
-            without += 1
-        else:
-            making.append(time)
+        pairs.append(_making_and_planning(name))
+    making, planned = zip(*filter(None, pairs), strict=True)
+    without = pairs.count(None)
     note = f"{len(planned)} models, {len(planned) / sum(planned):.1f} a second"
     note += f"; {without} more have no target" if without else ""
-    yield Row("planning a model of the zoo / making it, on meta", tuple(planned), tuple(making))
+    yield Row("planning a model of the zoo / making it, on meta", planned, making)
     yield Row(
         "planning a model of the zoo, on average / 0.1 s",
         (sum(planned) / len(planned),),
@@ -90,6 +86,16 @@ def _zoo(names: Sequence[str]) -> Iterator[Row]:
         target=1.0,
         note=note,
     )
+
+
+def _making_and_planning(name: str) -> tuple[float, float] | None:
+    """Seconds of each; None if there is nothing to plan, as no layer is a convolution or LSTM."""
+    made: list[nn.Module] = []
+    making = seconds(lambda: made.append(_on_meta(name)))
+    try:
+        return making, seconds(lambda: make_plan(made[0]))
+    except ConfigError:
+        return None
 
 
 def _plan(name: str, targets: tuple[str, ...], effort: Effort) -> Row:
@@ -118,8 +124,8 @@ def _sites(sizes: tuple[int, ...], effort: Effort) -> Iterator[Row]:
         model = chain(size)
         row = alternate(
             f"planning, per site, {size} sites / {sizes[0]} sites",
-            lambda model=model: make_plan(model),
-            lambda: make_plan(base),
+            partial(make_plan, model),
+            partial(make_plan, base),
             effort,
             series="planning, sites",
             growth=size / sizes[0],

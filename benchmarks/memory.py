@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -24,7 +25,7 @@ from hyperize import hyperize
 
 ROOT = Path(__file__).parents[1]
 TARGETS = ("conv2d", "linear")
-KINDS: dict[str, dict[str, bool]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "dense": {},
     "hyper": {},
     "recompute": {"recompute": True},
@@ -59,8 +60,10 @@ def _of_model(model: str, pixels: int, batch: int, repeats: int) -> Iterator[Row
             for name in ("peak", "own")
         )
         target = 0.5 if large and kind == "recompute" else None
-        yield Row(f"peak memory of an Adam step, {title} / dense", *peaks, "bytes", target)
-        yield Row(f"less the interpreter's own, {title} / dense", *owns, "bytes")
+        yield Row(
+            f"peak memory of an Adam step, {title} / dense", peaks[0], peaks[1], "bytes", target
+        )
+        yield Row(f"less the interpreter's own, {title} / dense", owns[0], owns[1], "bytes")
     hyper = measured["hyper"]
     yield Row(
         f"parameters, gradients and Adam's state, {model} / dense",

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -98,11 +99,11 @@ def _training(
         raise Cannot("it has no way to put generated weights into a model that is not its own")
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(CLASSES, (batch,))
     networks = (hyperize(dense, seed=0, **FORMS[form]).train(), made.network.train())
-    note = f"32 px, batch {batch}"
-    return alternate(name, *(training_step(n, images, labels) for n in networks), effort, note=note)
+    ours, theirs = (training_step(network, images, labels) for network in networks)
+    return alternate(name, ours, theirs, effort, note=f"32 px, batch {batch}")
 
 
-WORKS = {
+WORKS: dict[str, Callable[[str, nn.Module, Make, Effort, int], Row]] = {
     "making": _making,
     "generating the weights of": _generating,
     "training step of": _training,
@@ -116,7 +117,7 @@ WORKS = {
 class _HyperLight(nn.Module):
     """As in hyperlight's README: the generator beside the main network."""
 
-    def __init__(self, main: nn.Module, generator: nn.Module) -> None:
+    def __init__(self, main: Any, generator: nn.Module) -> None:
         super().__init__()
         self.main, self.generator = main, generator
         self.register_buffer("h", torch.full((1, 1), 0.5))  # its input, one condition

@@ -6,7 +6,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import timm
 import torch
@@ -16,7 +17,7 @@ from benchmarks.timing import FULL, QUICK, Row, alternate
 from hyperize import HyperLSTM, hyperize, to_dense
 
 CLASSES = 1000
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "": {},
     "factorized": {"factorized": True},
     "factorized channels": {"factorized": True, "embeddings": "channel"},
@@ -121,7 +122,7 @@ def training(quick: bool) -> Iterator[Row]:
             "training step",
             case,
             dense.train(),
-            lambda network, x=inputs, y=labels: training_step(network, x, y),
+            partial(training_step, inputs=inputs, labels=labels),
             quick,
         )
 
@@ -130,14 +131,12 @@ def inference(quick: bool) -> Iterator[Row]:
     cases = SMALL if quick else INFERENCE
     for case in cases:
         dense, inputs = case.make()
-        yield from _rows(
-            "inference", case, dense.eval(), lambda network, x=inputs: forward(network, x), quick
-        )
+        yield from _rows("inference", case, dense.eval(), partial(forward, inputs=inputs), quick)
     dense, inputs = cases[0].make()
     exported = to_dense(hyperize(dense, seed=0))
-    runs = [forward(m.eval(), inputs) for m in (exported, dense)]
+    ours, theirs = (forward(m.eval(), inputs) for m in (exported, dense))
     name = f"inference after to_dense, {cases[0]} / dense"
-    yield alternate(name, *runs, QUICK if quick else FULL, target=1.0)
+    yield alternate(name, ours, theirs, QUICK if quick else FULL, target=1.0)
 
 
 def _rows(
@@ -154,8 +153,8 @@ def _rows(
             yield Row(name, note=NO_COMPILER)
             continue
         networks = (case.hyperize(dense, form), dense)
-        runs = [runner(_compile(n, quick) if case.compiled else n) for n in networks]
-        yield alternate(name, *runs, QUICK if quick else FULL, target=case.target)
+        ours, theirs = (runner(_compile(n, quick) if case.compiled else n) for n in networks)
+        yield alternate(name, ours, theirs, QUICK if quick else FULL, target=case.target)
 
 
 def hyperlstm(quick: bool) -> Iterator[Row]:
@@ -176,19 +175,16 @@ def hyperlstm(quick: bool) -> Iterator[Row]:
                 continue
             torch.set_num_threads(threads)
             try:
-                yield alternate(
-                    name,
-                    lambda run=run, x=x: run(x)[0].sum().backward(),
-                    lambda dense=dense, x=x: dense(x)[0].sum().backward(),
-                    effort,
-                )
+                yield alternate(name, _there_and_back(run, x), _there_and_back(dense, x), effort)
             finally:
                 torch.set_num_threads(before)
 
 
-def training_step(
-    network: Callable[[Tensor], Tensor], inputs: Tensor, labels: Tensor
-) -> Callable[[], None]:
+def _there_and_back(lstm: nn.Module, x: Tensor) -> Callable[[], None]:
+    return lambda: lstm(x)[0].sum().backward()
+
+
+def training_step(network: nn.Module, inputs: Tensor, labels: Tensor) -> Callable[[], None]:
     """Forward, backward and an SGD step."""
     optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
 
@@ -216,4 +212,4 @@ def _can_compile(quick: bool) -> bool:
 
 def _compile(network: nn.Module, quick: bool) -> nn.Module:
     """Compiled; with `--quick` only traced, as compiling takes a minute."""
-    return torch.compile(network, backend="eager" if quick else "inductor")
+    return cast(nn.Module, torch.compile(network, backend="eager" if quick else "inductor"))

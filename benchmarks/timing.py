@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.progress import track
@@ -85,7 +86,7 @@ def alternate(
     subject: Callable[[], object],
     yardstick: Callable[[], object],
     effort: Effort,
-    **fields: object,
+    **fields: Any,
 ) -> Row:
     """Times two functions in turn, after one warm-up of each.
 
@@ -110,7 +111,8 @@ def alternate(
         else:
             ours, theirs = seconds(subject), seconds(yardstick)
         pairs.append((ours, theirs))
-    return Row(name, *(tuple(side) for side in zip(*pairs, strict=True)), **fields)
+    subjects, yardsticks = zip(*pairs, strict=True)
+    return Row(name, subjects, yardsticks, **fields)
 
 
 def seconds(function: Callable[[], object]) -> float:

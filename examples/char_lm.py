@@ -92,7 +92,7 @@ class Text:
             raise ValueError(f"the text has no {', '.join(map(repr, unknown))}")
         return torch.tensor([self.characters.index(c) for c in characters], dtype=torch.long)
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | Tensor) -> str:
         """Numbers as characters."""
         return "".join(self.characters[i] for i in ids)
 
@@ -207,7 +207,7 @@ class CharModel(nn.Module):
         return self.head(self.dropout(x)), state  # (N, T, hidden) -> (N, T, V)
 
 
-def make_model(name: str, vocabulary: int, recipe: Recipe) -> CharModel:
+def make_model(name: str, vocabulary: int, recipe: Recipe) -> nn.Module:
     """A variant, initialised from the recipe's seed.
 
     Raises:
@@ -237,11 +237,12 @@ def make_model(name: str, vocabulary: int, recipe: Recipe) -> CharModel:
 def make_lstm(vocabulary: int, hidden: int, dropout: float) -> CharModel:
     lstm = nn.LSTM(vocabulary, hidden, batch_first=True)
     with torch.no_grad():
-        for gate in lstm.weight_hh_l0.chunk(4):  # (4 hidden, hidden) -> (hidden, hidden)
+        _, recurrent, *biases = lstm.all_weights[0]
+        for gate in recurrent.chunk(4):  # (4 hidden, hidden) -> (hidden, hidden)
             nn.init.orthogonal_(gate)
-        lstm.bias_ih_l0.zero_()
-        lstm.bias_hh_l0.zero_()
-        lstm.bias_ih_l0.chunk(4)[1].fill_(1.0)  # the gates are i, f, g, o
+        for bias in biases:
+            bias.zero_()
+        biases[0].chunk(4)[1].fill_(1.0)  # the gates are i, f, g, o
     return CharModel(lstm, vocabulary, hidden, dropout)
 
 
@@ -408,7 +409,7 @@ def sample(
         logits, state = model(ids, state)
         chances = (logits[0, -1].cpu().double() / temperature).softmax(0)  # (V,)
         ids = torch.multinomial(chances, 1, generator=generator)[None].to(prompt.device)  # (1, 1)
-        drawn.append(ids.item())
+        drawn.append(int(ids))
     return drawn
 
 
@@ -446,9 +447,10 @@ def load_run(run: Run, recipe: Recipe, path: Path, device: str) -> None:
         raise ValueError(f"{path} was trained with {flags}; take the same, or another --out")
     run.model.load_state_dict(values.pop("model"))
     run.optimizer.load_state_dict(values.pop("optimizer"))
+    h, c = values.pop("state")
+    run.state = h.to(device), c.to(device)
     for name, value in values.items():
         setattr(run, name, value)
-    run.state = tuple(s.to(device) for s in run.state)
 
 
 def finish(run: Run, text: Text, prompt: Tensor, args: argparse.Namespace) -> Result:
@@ -555,7 +557,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of weights, dropout, sample (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--out", type=Path, metavar="FOLDER", help="keep checkpoints, results.json, char_lm.png")
-    length = {"type": above(-1, int), "default": 200, "metavar": "N"}
+    length: dict[str, Any] = {"type": above(-1, int), "default": 200, "metavar": "N"}
     add("--sample", **length, help="characters to write (default: %(default)s)")
     add("--prompt", help="what the sample goes on from (default: the text's first character)")
     return parser

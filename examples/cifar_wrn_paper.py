@@ -71,20 +71,13 @@ class WideResNet(nn.Module):
         if blocks < 1 or rest:
             raise ValueError(f"depth must be 6n + 4 and at least 10, got {depth}")
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
-        n_in = 16
-        for group, stride in ((1, 1), (2, 2), (3, 2)):
-            n_out = 8 * 2**group * width
-            self.add_module(
-                f"group{group}",
-                nn.Sequential(
-                    Block(n_in, n_out, stride), *(Block(n_out, n_out) for _ in range(blocks - 1))
-                ),
-            )
-            n_in = n_out
-        self.bn = nn.BatchNorm2d(n_in)
-        self.fc = nn.Linear(n_in, num_classes)
+        self.group1 = group(blocks, 16, 16 * width, 1)
+        self.group2 = group(blocks, 16 * width, 32 * width, 2)
+        self.group3 = group(blocks, 32 * width, 64 * width, 2)
+        self.bn = nn.BatchNorm2d(64 * width)
+        self.fc = nn.Linear(64 * width, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight)
                 nn.init.zeros_(module.bias)
 
@@ -112,6 +105,12 @@ class Block(nn.Module):
         shortcut = x[:, :, :: self.stride, :: self.stride]
         # (N, n_in, h, w) -> (N, n_out, h, w)
         return y + F.pad(shortcut, (0, 0, 0, 0, front, self.spare - front))
+
+
+def group(blocks: int, n_in: int, n_out: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(
+        Block(n_in, n_out, stride), *(Block(n_out, n_out) for _ in range(blocks - 1))
+    )
 
 
 def stairs(of: Sequence[tuple[float, float]], steps: int) -> Callable[[int], float]:
@@ -143,6 +142,7 @@ def make_runs(models: dict[str, nn.Module], args: argparse.Namespace, train: Ima
     for name, model in models.items():
         steps = given or STEPS[name]
         groups = param_groups(model, args.l2)
+        optimizer: torch.optim.Optimizer
         if name == "dense":
             optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True)
         else:
@@ -186,18 +186,18 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     length.add_argument("--steps", type=positive, metavar="N", help="the same in training steps")
     args = parser.parse_args(argv)
     try:
-        images = tuple(half.to(args.device) for half in read(args.data_dir))
+        train, test = (half.to(args.device) for half in read(args.data_dir))
     except FileNotFoundError as error:
         parser.error(f"--data-dir {error}")
     torch.manual_seed(args.seed)
     try:
-        dense = WideResNet(args.depth, args.width, int(images[0].labels.max()) + 1)
+        dense = WideResNet(args.depth, args.width, int(train.labels.max()) + 1)
         hyper = hyperize(dense.to(args.device), HyperConfig.paper(exclude="conv1", seed=args.seed))
     except ValueError as error:  # a depth that does not exist
         parser.error(f"--depth {args.depth} --width {args.width}: {error}")
     print(report(hyper), end="\n\n")
-    runs = make_runs({"dense": dense, "hyper": hyper}, args, images[0])
-    return experiment(runs, images, args, pad=2, flip=True)
+    runs = make_runs({"dense": dense, "hyper": hyper}, args, train)
+    return experiment(runs, (train, test), args, pad=2, flip=True)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ WARMUP = 0.05
 """The share of all steps in which the learning rate rises."""
 
 
-class Order(Sampler):
+class Order(Sampler[tuple[int, int]]):
     """The images of one epoch in their order, as pairs of the epoch and the image's number.
 
     Attributes:
@@ -74,7 +74,7 @@ class Order(Sampler):
         return ((self.epoch, image) for image in order[self.first :])
 
 
-class Augmented(Dataset):
+class Augmented(Dataset[tuple[Tensor, int]]):
     """A folder of images, each augmented as its epoch and its number say."""
 
     def __init__(self, folder: ImageFolder, seed: int) -> None:
@@ -153,7 +153,9 @@ def make_model(args: argparse.Namespace, classes: int) -> nn.Module:
     return hyperize(model, compression=args.compression, factorized=args.factorized, seed=args.seed)
 
 
-def make_loader(data: Dataset, args: argparse.Namespace, order: Order | None = None) -> DataLoader:
+def make_loader(
+    data: Dataset[Any], args: argparse.Namespace, order: Order | None = None
+) -> DataLoader[Any]:
     """The batches of one process: of whole ones only, in an order, or all, as they are."""
     return DataLoader(
         data,
@@ -173,8 +175,8 @@ class Run:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     order: Order
-    batches: DataLoader
-    test_batches: DataLoader
+    batches: DataLoader[Any]
+    test_batches: DataLoader[Any]
 
 
 def make_run(args: argparse.Namespace, accelerator: Accelerator) -> Run:
