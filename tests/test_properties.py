@@ -16,6 +16,8 @@ from hyperize import (
     BudgetError,
     ConfigError,
     HyperConfig,
+    HyperLSTM,
+    ModelError,
     Plan,
     hyperize,
     make_plan,
@@ -25,6 +27,8 @@ from hyperize import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
+ROUNDING = 1e-10
+"""Of float64 outputs, by their scale: factors and weights sum the products in another order."""
 TARGETS = ("conv2d", "lstm", "linear", "gru", "conv_transpose2d")
 
 random_models = settings(
@@ -96,6 +100,11 @@ def requests(draw):
     """Fields of a `HyperConfig`, with any of the sizes fixed."""
     options = {"targets": TARGETS, "trunk_axis": draw(st.sampled_from([0, 1])), "seed": 0}
     options["compression"] = draw(st.floats(1.01, 30))
+    if draw(st.sampled_from([False, False, False, True])):  # which has no other sizes to fix
+        options["embeddings"] = "channel"
+        if draw(st.booleans()):
+            options["embedding_dim"] = draw(st.integers(1, 16))
+        return options
     for name, sizes in (("embedding_dim", 16), ("hidden_dim", 16)):
         if draw(st.sampled_from([False, False, True])):
             options[name] = draw(st.integers(1, sizes))
@@ -138,6 +147,7 @@ def test_a_request_is_met_or_refused(net, request):
     assert bool(plan.notes) == (plan.compression < request["compression"])
     assert plan.embedding_dim == request.get("embedding_dim", plan.embedding_dim)
     assert plan.hidden_dim == request.get("hidden_dim", plan.hidden_dim)
+    assert plan.family.embeddings == request.get("embeddings", "tile")
     assert all(t == request.get("tile", t) for t in plan.tile.values())
 
 
@@ -179,7 +189,8 @@ def test_every_target_is_a_site_or_a_skip_with_a_reason(net, request):
 def test_one_more_in_the_embedding_breaks_the_request(net, request):
     assume("embedding_dim" not in request)
     model, _, plan = planned(net, request)
-    sizes = {"hidden_dim": plan.hidden_dim, "tile": plan.tile} | request
+    sizes = {"hidden_dim": plan.hidden_dim, "tile": plan.tile}
+    sizes = request if "embeddings" in request else sizes | request
     try:
         more = make_plan(model, **sizes | {"embedding_dim": plan.embedding_dim + 1})
     except BudgetError:
@@ -196,6 +207,56 @@ def test_the_dense_model_has_the_outputs_bit_for_bit(net, request):
     assert same(dense(x), hyper(x))
     assert signature(dense.state_dict()) == signature(model.state_dict())
     assert [type(m) for m in dense.modules()] == [type(m) for m in model.modules()]
+
+
+@random_models
+@given(nets(), requests())
+def test_factors_compute_what_the_weight_does(net, request):
+    model, x, _ = planned(net, request | {"factorized": True})
+    hyper = hyperize(model.double(), **request, factorized=True)
+    dense = to_dense(hyper)(x.double())
+    difference = (hyper(x.double()) - dense).abs().max()
+    assert difference <= ROUNDING * dense.abs().max().clamp_min(1)
+
+
+@random_models
+@given(nets(), st.floats(0.05, 1.2), st.sampled_from(["tile", "channel"]))
+def test_a_total_is_met_by_the_built_model_or_refused(net, share, embeddings):
+    model, _ = build(net)
+    most = max(1, int(share * count(model)))
+    request = {"max_params": most, "embeddings": embeddings, "targets": TARGETS}
+    refusal, plan = "", None
+    try:
+        plan = make_plan(model, **request)
+    except (BudgetError, ConfigError) as error:
+        refusal = str(error)
+    if plan is None:
+        reasons = ("cannot be met", "would grow", "is no less than", "no targets", "skipped")
+        assert any(reason in refusal for reason in reasons), refusal
+        return
+    assert count(hyperize(model, plan)) == plan.total_hyper_params <= most < count(model)
+
+
+@random_models
+@given(nets(), st.sampled_from([False, True]))
+def test_a_dynamic_layer_is_counted_as_it_is_built(net, layer_norm):
+    model, x = build(net)
+    recurrent = model.recurrent
+    assume(isinstance(recurrent, nn.LSTM) and not recurrent.proj_size)
+    options = {"lstm": "dynamic", "lstm_options": {"hyper_size": 4, "layer_norm": layer_norm}}
+    try:
+        plan = make_plan(model, compression=1.1, **options)
+    except BudgetError:
+        assume(False)
+    hyper = hyperize(model, plan)
+    assert count(hyper) == plan.total_hyper_params
+    assert [site.path for site in plan.dynamic] == ["recurrent"]
+    assert type(hyper.recurrent) is HyperLSTM
+    assert hyper(x).shape == model(x).shape
+    rows = sum(row.hyper_params for row in report(hyper).sites)
+    assert report(hyper).hyper_params == rows + report(hyper).hypernet_params
+    with pytest.raises(ModelError, match="dynamic"):
+        to_dense(hyper)
 
 
 @random_models
