@@ -44,7 +44,7 @@ from hyperize import (
     generated_l2,
     hyperize,
     param_groups,
-    planning,
+    plan,
     shard,
     to_dense,
 )
@@ -75,9 +75,9 @@ def convnext():
 
 def factorized():
     """Factors wherever tiles line up, though the layers of small models are faster without."""
-    with patch.object(planning, "BALANCE", -(10**9)):
+    with patch.object(plan, "BALANCE", -(10**9)):
         model = image_model(factorized=True)
-    assert model.hypernet.factorable
+    assert any(isinstance(m, Generated) and m.factorable for m in model.modules())
     return model
 
 
@@ -191,7 +191,8 @@ def ddp(rank):
         model = make()
         if rank:  # DDP starts all from rank 0's weights
             randomise(model, seed=rank)
-            nn.init.normal_(next(p for n, p in model.named_parameters() if "embedding" in n))
+            layer = next(m for m in model.modules() if isinstance(m, Generated))
+            nn.init.normal_(layer.embedding(layer.generated[0]))
         wrapped = DistributedDataParallel(model, **options)
         loss_of(wrapped, *half(rank, name)).backward()
         found[name] = gradients(wrapped)
@@ -437,9 +438,9 @@ def test_the_blocks_that_shard_finds():
     assert found(image_model()) == [f"layer{i}.0" for i in (1, 2, 3, 4)]
     assert found(hyperize(Shared(), compression=2)) == ["towers.left.1", "towers.right.1"]
     assert found(hyperize(Stage(), compression=2)) == []
-    # The hypernetwork is in the first element
+    # The hypernetwork is the first layer's, and yet in the group of the whole
     tied = nn.Sequential(Tied(), nn.Sequential(Tied(), nn.ReLU()), Tied())
-    assert found(hyperize(tied, compression=2)) == ["1.0", "2"]
+    assert found(hyperize(tied, compression=2)) == ["0", "1.0", "2"]
 
 
 @pytest.mark.usefixtures("_one_process")
@@ -463,7 +464,7 @@ def test_what_cannot_be_sharded():
         (model, [model], "that is the model itself"),
         (model, [model.layer1, model.layer1[0].conv1.weight_embedding], "got a Parameter"),
         (model, [model.layer1, copy.deepcopy(model.layer2)], "Sequential that is none of them"),
-        (model, [model.layer1, model.hypernet], "hypernet cannot be a block: it holds the hyper"),
+        (model, [model.layer1, model.hypernet], "hypernet cannot be a block: it is the hypernet"),
         (model, [model.layer1, model.head["all"]], "it holds the hypernetwork"),
         (model, [model.layer1, model.head], r"head cannot be a block: .* container that is never"),
         (towers, [towers.towers["left"][0]], r"left.0 cannot be a block: it shares head.weight"),
@@ -717,8 +718,13 @@ def test_sync_batch_norm_takes_the_norms_only():
 
 
 # ------------------------------------------------------------------------------------ tools of timm
-def generates(name):
-    return name.startswith("hypernet.") or name.endswith("_embedding")
+def generating(hyper):
+    """The names of the parameters that generate weights: embeddings, and the hypernetwork's."""
+    layers = [(path, m) for path, m in hyper.named_modules() if isinstance(m, Generated)]
+    embeddings = {f"{path}.{name}" for path, m in layers for name in m.generated}
+    names = {name for name, _ in hyper.named_parameters()}
+    assert embeddings < names
+    return embeddings | {name for name in names if "hypernet." in name}
 
 
 def settings(model, optimizer, key):
@@ -736,13 +742,13 @@ def test_weight_decay_by_create_optimizer_v2(name):
     by_groups = create_optimizer_v2(param_groups(hyper, 0.05), name, lr=0.1)
     for optimizer in (by_function, by_groups):
         decays = settings(hyper, optimizer, "weight_decay")
-        expected = {n for n, p in hyper.named_parameters() if p.ndim > 1 and not generates(n)}
+        expected = {n for n, p in hyper.named_parameters() if p.ndim > 1} - generating(hyper)
         assert {name for name, decay in decays.items() if decay} == expected
         assert "fc.weight" in expected
         train(hyper, optimizer, *batch(), 1)
     # Left to itself, timm goes by the number of axes
     decays = settings(hyper, create_optimizer_v2(hyper, name, weight_decay=0.05), "weight_decay")
-    assert any(decay for name, decay in decays.items() if generates(name))
+    assert any(decays[name] for name in generating(hyper))
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext", "test_efficientnet"])
@@ -754,7 +760,7 @@ def test_layer_decay(name):
         param_groups_layer_decay,
         weight_decay=0.05,
         layer_decay=0.5,
-        no_weight_decay_list={"hypernet.*", "*_embedding", *keep},
+        no_weight_decay_list={*generating(hyper), *keep},
     )
     optimizer = create_optimizer_v2(hyper, "adamw", lr=0.1, param_group_fn=grouping)
     scales = settings(hyper, optimizer, "lr_scale")
@@ -764,13 +770,12 @@ def test_layer_decay(name):
         "lr_scale",
     )
     # Each layer is scaled as it was; the generator, which is no layer, is not scaled
-    found = {n.removesuffix("_embedding"): s for n, s in scales.items() if "hypernet." not in n}
+    found = {n: s for n, s in scales.items() if "hypernet." not in n}
     assert found == expected
     assert len(set(found.values())) > 4
-    assert {s for n, s in scales.items() if n.startswith("hypernet.")} == {1.0}
+    assert {s for n, s in scales.items() if "hypernet." in n} == {1.0}
     decays = settings(hyper, optimizer, "weight_decay")
-    assert not any(decay for n, decay in decays.items() if generates(n))
-    assert {n for n, s in scales.items() if generates(n)}
+    assert not any(decays[name] for name in generating(hyper))
 
 
 def test_a_checkpoint_of_timm(tmp_path):
