@@ -769,11 +769,13 @@ def test_layer_decay(name):
         create_optimizer_v2(dense, "adamw", layer_decay=0.5),
         "lr_scale",
     )
-    # Each layer is scaled as it was; the generator, which is no layer, is not scaled
+    # Each layer is scaled as it was; the generator as the first layer that it generates for
     found = {n: s for n, s in scales.items() if "hypernet." not in n}
     assert found == expected
     assert len(set(found.values())) > 4
-    assert {s for n, s in scales.items() if "hypernet." in n} == {1.0}
+    path, first = next((p, m) for p, m in hyper.named_modules() if isinstance(m, Generated))
+    generator = {s for n, s in scales.items() if "hypernet." in n}
+    assert generator == {expected[f"{path}.{first.generated[0]}"]}
     decays = settings(hyper, optimizer, "weight_decay")
     assert not any(decays[name] for name in generating(hyper))
 

@@ -42,8 +42,8 @@ from hyperize import (
     make_plan,
     to_dense,
 )
-from hyperize.layers import registered_kinds
-from hyperize.rewrite import find_hypernet
+from hyperize.layers import Generated, registered_kinds
+from hyperize.parts import find_groups
 
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 0.05}
 """Of an error that is computed a second time, relative. float32 has 24 bits, and differences of
@@ -108,11 +108,16 @@ def make(name, seed=1, **options):
 
 
 def plan_of(hyper):
-    return find_hypernet(hyper)[1].plan
+    return find_groups(hyper)[0].hypernet.plan
 
 
 def relative(difference, whole):
     return float(difference.double().norm() / whole.double().norm())
+
+
+def generates(key, generated):
+    """Whether a key of a state dict is of what generates the weights of these names."""
+    return "hypernet." in key or key.removesuffix("_constants") in generated
 
 
 class Snapshot:
@@ -159,13 +164,17 @@ class Snapshot:
 @with_and_without_data
 def test_nothing_changes_but_what_generates_weights_and_statistics_of_norms(name, with_data):
     teacher, hyper, batches = make(name)
-    host, hypernet = find_hypernet(hyper)
     if not with_data:  # flags of all sorts
         next(hyper.children(), hyper).eval()
     next(teacher.children(), teacher).register_forward_hook(lambda *_: None)
     before = Snapshot(hyper, teacher)
-    generated = tuple(f"{planned.site.name}_embedding" for planned in hypernet.plan.sites)
-    prefix = f"{host}.hypernet." if host else "hypernet."
+    generated = tuple(
+        f"{path}.{name}" if path else name
+        for path, m in hyper.named_modules(remove_duplicate=False)
+        if isinstance(m, Generated)
+        for name in m.generated
+    )
+    assert {planned.site.name for planned in plan_of(hyper).sites} <= {*generated}
     norms = tuple(
         f"{path}.{buffer}"
         for path, module in hyper.named_modules()
@@ -174,7 +183,7 @@ def test_nothing_changes_but_what_generates_weights_and_statistics_of_norms(name
     )
     fit_(hyper, teacher, data=batches if with_data else None, sweeps=2)
     before.check(
-        lambda key: key.startswith(prefix) or key.endswith("_embedding") or key in norms,
+        lambda key: generates(key, generated) or key in norms,
         lambda key: False,
     )
     state = hyper.state_dict()
@@ -229,8 +238,9 @@ def test_what_was_removed_since_is_skipped():
     fitted = fit_(hyper, teacher, sweeps=2)
     names = [planned.site.name for planned in plan_of(hyper).sites]
     assert "fc.weight" in names
-    assert [site.name for site in fitted.sites] == [n for n in names if n != "fc.weight"]
-    before.check(lambda key: "hypernet." in key or key.endswith("_embedding"))
+    generated = [name for name in names if name != "fc.weight"]
+    assert [site.name for site in fitted.sites] == generated
+    before.check(lambda key: generates(key, generated))
 
 
 def test_a_kernel_size_may_have_lost_all_its_layers():
@@ -274,8 +284,8 @@ def test_the_objective_never_grows_and_nothing_depends_on_the_initial_values(nam
     if not with_data:  # dropout moves the statistics of norms
         assert same(one.state_dict(), two.state_dict())
     for planned in plan_of(one).sites:
-        embedding = f"{planned.site.name}_embedding"
-        assert same(one.get_parameter(embedding), two.get_parameter(embedding))
+        name = planned.site.name
+        assert same(one.get_parameter(name), two.get_parameter(name))
 
 
 @over_models
@@ -532,7 +542,7 @@ def test_what_another_hypernetwork_of_the_plan_generated_is_recovered(name, opti
     model = build()
     planter, hyper = (hyperize(model, seed=s, targets=targets, **options) for s in (1, 2))
     with torch.no_grad():  # rows of zero mean, so that the sites' offsets do not matter
-        for head in find_hypernet(planter)[1].heads.values():
+        for head in find_groups(planter)[0].hypernet.heads.values():
             head.weight -= head.weight.mean(0)
     report = fit_(hyper, to_dense(planter), sweeps=200, tolerance=1e-3)
     assert report.error < PLANTED
@@ -996,7 +1006,7 @@ REFUSED = {
         lambda: hyperize(stage()).state_dict(),
         {},
         ModelError,
-        ("no stem.weight",),
+        ("stem.weight", "model generates (32, 3, 3, 3)", "same architecture"),
     ),
     "wrapped": (lambda: nn.DataParallel(stage()), {}, ModelError, ("DataParallel", "inside")),
     "compiled": (lambda: torch.compile(stage()), {}, ModelError, ("torch.compile", "inside")),
@@ -1058,7 +1068,7 @@ def test_what_cannot_be_fitted_is_refused_and_the_model_left_as_it_was(name):
     ("hyper", "words"),
     [
         (stage, ("Stage", "not hyperized")),
-        (lambda: hyperize(stage()).conv1, ("only a part",)),
+        (lambda: hyperize(stage()).norm, ("BatchNorm2d", "not hyperized", "a part of it")),
         (lambda: nn.DataParallel(hyperize(stage())), ("DataParallel", "inside")),
         (lambda: hyperize(Stage().to("meta")), ("on meta",)),
         (lambda: hyperize(nn.Sequential(nn.LSTM(8, 8)), lstm="dynamic"), ("no generated weights",)),

@@ -20,11 +20,11 @@ from hyperize import (
     FileError,
     ModelError,
     OnnxReport,
-    export,
     export_onnx,
     hyperize,
     to_dense,
 )
+from hyperize import onnx as export
 
 CLOSE = 1e-5
 """Of the outputs' scale: some fifty roundings of float32 in another order; measured below 1e-6."""
