@@ -14,6 +14,7 @@ once: in `named_modules`, and in the state dict, where it stands below the first
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -244,9 +245,10 @@ class HyperNet(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        load = self.__dict__.get("_load")
+        loads = self.__dict__.setdefault("_loads", {})
+        load = loads.get(threading.get_ident())
         if load is None or load.missing is not missing_keys:
-            load = self.__dict__["_load"] = _Load(missing_keys)
+            load = loads[threading.get_ident()] = _Load(missing_keys)
         own = {prefix + name: param for name, param in self.named_parameters()}
         given = [key for key in own if key in state_dict]
         if given and load.loaded:
@@ -268,7 +270,7 @@ class HyperNet(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_load")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_seen", "_loads")}
 
 
 @dataclass

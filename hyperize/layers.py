@@ -77,6 +77,12 @@ class Generated(nn.Module):
     factorable: bool
     """Whether the factors of the weight take fewer multiply-adds than the weight."""
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # type(layer)(...), by which adapters and converters make a layer of the same kind
+        if args or kwargs:
+            return cls.dense_class(*args, **kwargs)
+        return super().__new__(cls)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The dense class's.
 
@@ -88,7 +94,9 @@ class Generated(nn.Module):
         that running the region again ends there, and of them only the generator runs twice.
         Recurrent and attention layers save what they compute, and run twice as a whole.
         """
-        if args and isinstance(args[0], fx.Proxy):
+        if isinstance(args, fx.Proxy) or any(
+            isinstance(value, fx.Proxy) for value in (*args[:1], *kwargs.values())
+        ):
             raise ModelError(
                 f"torch.fx cannot trace into a generated {self.dense_class.__name__}: its weight "
                 "would become a constant. Use hyperize.as_graph(hyper), or trace "
@@ -170,7 +178,12 @@ class Generated(nn.Module):
         hypernetwork belongs to the outermost group, see `hyperize.distributed`.
         """
         show = _is_sharding(sys._getframe(1), self.hypernet)
-        return iter([m for name, m in self.named_children() if show or name != HYPERNET])
+        return iter([m for name, m in super().named_children() if show or name != HYPERNET])
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As `children`; engines that move or store parameters see the hypernetwork, too."""
+        show = str(sys._getframe(1).f_globals.get("__name__")).startswith(_ENGINES)
+        return iter([(n, m) for n, m in super().named_children() if show or n != HYPERNET])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Generated:
         if recurse:  # not by children(); where several layers do it, it changes nothing more
@@ -279,6 +292,8 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         # The dense check reads only the dtype of the first weight; generating all of them for
         # that would double the cost of the forward pass.
+        if torch.compiler.is_compiling():  # which cannot follow it, and has the kernel's own checks
+            return
         first = self.embedding(self.generated[0])
         proxy = SimpleNamespace(_flat_weights=[first], input_size=self.input_size)
         nn.RNNBase.check_input(proxy, input, batch_sizes)  # type: ignore[arg-type]
@@ -474,7 +489,8 @@ def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Gene
 def _new_generated(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     """An empty generated layer, for pickle and deepcopy to fill."""
     twin = generated_class(dense, names)
-    return twin.__new__(twin)
+    layer: nn.Module = twin.__new__(twin)
+    return layer
 
 
 def _generated_property(name: str) -> property:

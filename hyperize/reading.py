@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class GeneratedWeight(Tensor):
     ) -> Any:
         given = kwargs or {}
         weights = list(_weights((*args, *given.values())))
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").split(".")[0]  # of an operator, less its overload
         owner = getattr(getattr(func, "__self__", None), "__name__", "")  # of a property
         if func is torch.autograd.grad:
             return _grad(args, given)
@@ -63,6 +64,8 @@ class GeneratedWeight(Tensor):
                 )
             return False  # also under no_grad
         result = func(*_plain(args), **_plain(given))
+        if name == "numpy":
+            result.flags.writeable = False  # it may lie in the weight's memory
         if isinstance(result, Tensor):
             return _guarded_view(result, weights)
         if isinstance(result, (tuple, list)) and type(result) in (tuple, list):  # chunks and such
@@ -71,6 +74,10 @@ class GeneratedWeight(Tensor):
                 for part in result
             )
         return result
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused; of all operators this one does not ask `__torch_function__`."""
+        raise WeightError(f"{self._title} cannot be changed in place by set_: {_REMEDY}.")
 
 
 def guarded(weight: Tensor, title: str) -> GeneratedWeight:
@@ -97,6 +104,12 @@ def _problem(name: str, owner: str, args: tuple[Any, ...], kwargs: Mapping[str, 
         return f"keep what {name} is for"
     if any(True for _ in _weights((kwargs.get("out"),))):
         return "be written to by out="
+    if name == "backward" and any(True for _ in _weights((kwargs.get("inputs"),))):
+        return "have a gradient that lasts"
+    if kwargs.get("inplace") or kwargs.get("max_norm") is not None:
+        return f"be changed in place by {name}"
+    if name == "__get__" and owner == "grad_fn" and _registers():
+        return "become a parameter of another layer"
     # PyTorch names what works in place with an underscore at the end, or as Python's operators
     plain = name.rstrip("_")
     in_place = name.endswith("_") and not name.endswith("__")
@@ -104,6 +117,14 @@ def _problem(name: str, owner: str, args: tuple[Any, ...], kwargs: Mapping[str, 
     if (in_place or operator or name == "__setitem__") and any(True for _ in _weights((first,))):
         return f"be changed in place by {plain or name}_" if in_place else f"take {name}"
     return ""
+
+
+def _registers() -> bool:
+    """Whether nn.Module asks, which registers a tensor without a graph as a parameter."""
+    frame: Any = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "register_parameter"
 
 
 def _grad(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -155,9 +176,10 @@ def _guarded_view(result: Tensor, weights: list[GeneratedWeight]) -> Tensor:
     """The result of reading; guarded if it lies in a weight's memory, and plain otherwise."""
     if type(result) is not Tensor:
         return result
-    for weight in weights:
-        if result is weight._plain or _storage(result) == _storage(weight._plain):
-            return guarded(result, weight._title)
+    with suppress(NotImplementedError):  # inside vmap, where nothing has a storage to ask for
+        for weight in weights:
+            if result is weight._plain or _storage(result) == _storage(weight._plain):
+                return guarded(result, weight._title)
     return result
 
 

@@ -285,6 +285,7 @@ def parameters_of(model: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]
                 f"{obstacle}. Make a plan of this model."
             )
         found.append(weight)
+    _check_devices(model, sites)
     return found
 
 
