@@ -1,7 +1,7 @@
 """The zoo: every model of timm on the meta device, and a default subset of them.
 
-    pytest -m zoo -n 2              # all names of timm.list_models(), minutes
-    pytest -m "not zoo"             # everything else, and the subset below
+    pytest -n auto -m zoo           # all names of timm.list_models(), minutes
+    pytest -n auto                  # everything else, and the subset below
 
 One test per model, as making the model is most of its time.
 """
