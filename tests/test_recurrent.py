@@ -281,7 +281,7 @@ def test_generated_weights_cannot_be_assigned(cls, flags):
     hyper, _ = pair(cls, flags)
     name = hyper.generated[0]
     before = hyper.state_dict()
-    for value in (nn.Parameter(getattr(hyper, name).detach()), getattr(hyper, name)):
+    for value in (nn.Parameter(getattr(hyper, name).detach().clone()), getattr(hyper, name)):
         with pytest.raises(ModelError, match=f"{name}_embedding"):
             setattr(hyper, name, value)
     assert same(hyper.state_dict(), before)
