@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hyperize.config import ConfigError, ModelError
 from hyperize.hypernet import HyperNet
+from hyperize.layers import HYPERNET, Generated
 from hyperize.parts import find_groups
 
 __all__ = ["shard"]
@@ -70,7 +71,14 @@ def shard(hyper: nn.Module, blocks: Iterable[nn.Module] | None = None, **options
     for module in reversed(list(hyper.modules())):  # inner blocks before those around them
         if id(module) in chosen:
             fully_shard(module, **options)
-    fully_shard(hyper, **options)
+    # FSDP2 does not look into blocks again, where all layers of a hypernetwork may be
+    names = {f"{HYPERNET}_{at}": group.hypernet for at, group in enumerate(groups)}
+    hyper._modules.update(names)
+    try:
+        fully_shard(hyper, **options)
+    finally:
+        for name in names:
+            del hyper._modules[name]
     return hyper
 
 
@@ -123,8 +131,10 @@ def _misplaced(hyper: nn.Module, block: nn.Module, shared: set[int]) -> str:
     """
     if isinstance(block, (nn.ModuleList, nn.ModuleDict)):
         return "is a container that is never called itself; name its elements"
-    if isinstance(block, HyperNet):
-        return "is the hypernetwork, which has to be in the model's own group"
+    below = list(block.modules())
+    owned = {module.hypernet for module in below if isinstance(module, Generated)}
+    if any(isinstance(module, HyperNet) and module not in owned for module in below):
+        return "holds the hypernetwork, which has to be in the model's own group"
     rest = hyper.named_modules(memo={block})  # without what can be reached through the block only
     outside = {id(param) for _, module in rest for param in module._parameters.values()}
     own = ((name, id(p)) for name, p in block.named_parameters() if id(p) not in shared)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hyperize.layers import EMBEDDING, Generated
+from hyperize.layers import Generated
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,8 +81,9 @@ class Source:
     @property
     def embedding(self) -> Tensor | None:
         """Its embeddings, (tiles, Nz); `None` if the layer has become dense since."""
-        embedding = self.layer._parameters.get(self.param + EMBEDDING)
-        return None if embedding is None else embedding.detach()
+        if not isinstance(self.layer, Generated):
+            return None
+        return self.layer.embedding(self.param).detach()
 
     @property
     def tiles(self) -> int:

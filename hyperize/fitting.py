@@ -137,6 +137,8 @@ def fit_(
     sites = [planned for group in groups for planned in group.plan.sites]
     if not sites:
         raise ModelError(f"{type(hyper).__name__} has no generated weights to fit.")
+    if any(next(group.hypernet.parameters()).is_meta for group in groups):
+        raise ModelError("the hyperized model is on meta, so there is nothing to fit; load it.")
     state = _state(teacher)
     weights = {planned.site.name: _target(planned.site, state) for planned in sites}
     batches = None if data is None else as_batches(data)
@@ -347,6 +349,10 @@ def _target(site: Site, state: Mapping[str, Tensor]) -> Tensor:
 
 def _state(teacher: Teacher) -> Mapping[str, Tensor]:
     if isinstance(teacher, Mapping):
+        if any(str(name).endswith(CONSTANTS) for name in teacher):
+            raise ModelError(
+                "the teacher's state dict is a hyperized model's; take a dense one's."
+            )
         return teacher
     if not isinstance(teacher, nn.Module):
         raise ModelError(

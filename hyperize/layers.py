@@ -103,7 +103,7 @@ class Generated(nn.Module):
                 "to_dense(hyper)."
             )
         if not torch.compiler.is_compiling() and _is_distributed():
-            self._check_checkpoints()
+            self._check_engine()
         hypernet = self.hypernet
         if self.factorable and hypernet.factorized:
             return self._multiply(*args, **kwargs)
@@ -114,13 +114,19 @@ class Generated(nn.Module):
             self._forward, *args, use_reentrant=False, preserve_rng_state=draws, **kwargs
         )
 
-    def _check_checkpoints(self) -> None:
-        """Refuses what DistributedDataParallel cannot do, with the remedy.
+    def _check_engine(self) -> None:
+        """Refuses what FSDP2 and DistributedDataParallel would get wrong, with the remedy.
 
         Reentrant checkpoints run this layer without gradients in DDP's forward, and once more in
         the backward pass, of which each has a backward pass of its own. DDP expects the gradients
         of the shared generator from one.
         """
+        before = self.__dict__.get("_unsharded", ())
+        if before and all(p is q for p, q in zip(before, self.hypernet.parameters(), strict=False)):
+            raise ModelError(
+                "this layer is sharded by FSDP2, and the hypernetwork that it shares is not, so "
+                "that its gradients would not be reduced. Use hyperize.shard(hyper)."
+            )
         ddp = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
         if ddp is not None and ddp.training:
             kept = torch.is_grad_enabled() or getattr(ddp, "static_graph", False)
@@ -232,6 +238,9 @@ class Generated(nn.Module):
         present = self._parameters.get(name)
         if param is None or present is None or param.shape != present.shape:
             raise _assignment_error(name)
+        if type(param).__name__ == "DTensor" and type(present).__name__ != "DTensor":
+            # FSDP2 shards this layer: the hypernetwork must not stay as it is now
+            self.__dict__["_unsharded"] = list(self.hypernet.parameters())
         self._parameters[name] = param
 
     def __setattr__(self, name: str, value: Any) -> None:

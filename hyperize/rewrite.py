@@ -30,6 +30,7 @@ from hyperize.search import make_plan
 from hyperize.sites import (
     check_patterns,
     fresh_hooks,
+    is_plain,
     matches,
     parameters_of,
     structural_copy,
@@ -110,7 +111,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             {param: constants[at] for param, at in sites.items()},
             {param: plan.sites[at] for param, at in sites.items()},
             hypernet,
-            any(plan.factorized_macs(plan.sites[at]) is not None for at in sites.values()),
+            is_plain(model.get_submodule(path))
+            and any(plan.factorized_macs(plan.sites[at]) is not None for at in sites.values()),
         )
     for site, twin in zip(plan.dynamic, twins, strict=True):
         twin.train(model.get_submodule(site.path).training)

@@ -237,7 +237,7 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
             aliases = tuple(paths[module][1:])
             shape = tuple(weight.shape)
             size = weight.element_size()
-            site = Site(path, param, _kind(module), shape, size, aliases, _is_plain(module))
+            site = Site(path, param, _kind(module), shape, size, aliases, is_plain(module))
             if obstacle := _obstacle(module, param, owners):
                 skips.append(Skip(site.name, obstacle, weight.numel()))
             else:
@@ -491,7 +491,7 @@ def _obstacle(module: nn.Module, param: str, owners: dict[int, list[str]]) -> st
     return written_parameter(module, [param])
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def is_plain(layer: nn.Module) -> bool:
     """Whether a layer computes as nn.Linear, or as an nn.Conv1d to nn.Conv3d without groups."""
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight and never calls it

@@ -45,6 +45,8 @@ def create(config: Mapping[str, Any]) -> nn.Module:
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or not timm.is_model(name):
         raise FileError(f"{name!r} is not the name of a model that this version of timm has.")
     args = {"num_classes": config["num_classes"]} | config.get("model_args", {})
+    if args.get("global_pool") == "" and args["num_classes"] != 0:
+        raise FileError("a classifier without pooling is not what timm's models can compute.")
     if problem := _forbidden(args):
         raise FileError(f"{problem}; make the model yourself and use hyperize.load(model, path).")
     source = timm.models.PretrainedCfg(**config["pretrained_cfg"]).to_dict(remove_source=True)

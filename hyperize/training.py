@@ -138,7 +138,7 @@ class GeneratedL2:
         It only keeps references. Arithmetic here would be part of a checkpointed region, whose
         recomputation has to repeat it exactly.
         """
-        if threading.get_ident() != self._thread:
+        if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
             return  # a forward pass of somebody else's
         embeddings, _, grids = args[:3]
         if isinstance(grids, Grid):

@@ -32,7 +32,7 @@ from hyperize import plan as plans
 from hyperize.factorized import expand, multiply
 from hyperize.hypernet import HyperNet
 from hyperize.parts import find_groups, generated_layers
-from hyperize.sites import _is_plain
+from hyperize.sites import is_plain
 
 EXACT = 1e-11
 """Relative error, in norm, of products in another order in float64; 1e-14 was measured."""
@@ -141,8 +141,8 @@ def test_which_layers_are_plain():
         *(Own(4, 4, 1), OwnProduct(4, 4, 1), Conv2dSame(4, 4, 1), StdConv2d(4, 4, 1), changed),
         *(nn.Conv2d(4, 4, 1, groups=2), nn.ConvTranspose2d(4, 4, 1), nn.LSTM(4, 4), nn.Identity()),
     ]
-    assert all(map(_is_plain, plain))
-    assert not any(map(_is_plain, others))
+    assert all(map(is_plain, plain))
+    assert not any(map(is_plain, others))
 
 
 # -------------------------------------------------------------------------------- whole models
