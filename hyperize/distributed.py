@@ -134,7 +134,8 @@ def _misplaced(hyper: nn.Module, block: nn.Module, shared: set[int]) -> str:
     below = list(block.modules())
     owned = {module.hypernet for module in below if isinstance(module, Generated)}
     if any(isinstance(module, HyperNet) and module not in owned for module in below):
-        return "holds the hypernetwork, which has to be in the model's own group"
+        verb = "is" if isinstance(block, HyperNet) else "holds"
+        return f"{verb} the hypernetwork, which has to be in the model's own group"
     rest = hyper.named_modules(memo={block})  # without what can be reached through the block only
     outside = {id(param) for _, module in rest for param in module._parameters.values()}
     own = ((name, id(p)) for name, p in block.named_parameters() if id(p) not in shared)

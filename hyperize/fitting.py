@@ -350,9 +350,7 @@ def _target(site: Site, state: Mapping[str, Tensor]) -> Tensor:
 def _state(teacher: Teacher) -> Mapping[str, Tensor]:
     if isinstance(teacher, Mapping):
         if any(str(name).endswith(CONSTANTS) for name in teacher):
-            raise ModelError(
-                "the teacher's state dict is a hyperized model's; take a dense one's."
-            )
+            raise ModelError("the teacher's state dict is a hyperized model's; take a dense one's.")
         return teacher
     if not isinstance(teacher, nn.Module):
         raise ModelError(

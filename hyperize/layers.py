@@ -238,9 +238,8 @@ class Generated(nn.Module):
         present = self._parameters.get(name)
         if param is None or present is None or param.shape != present.shape:
             raise _assignment_error(name)
-        if type(param).__name__ == "DTensor" and type(present).__name__ != "DTensor":
-            # FSDP2 shards this layer: the hypernetwork must not stay as it is now
-            self.__dict__["_unsharded"] = list(self.hypernet.parameters())
+        if type(param).__name__ == "DTensor":  # FSDP2 shards it: the hypernetwork must not stay
+            self.__dict__.setdefault("_unsharded", list(self.hypernet.parameters()))
         self._parameters[name] = param
 
     def __setattr__(self, name: str, value: Any) -> None:
