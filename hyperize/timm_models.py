@@ -107,7 +107,7 @@ def _describe(hyper: nn.Module, timm_args: dict[str, Any]) -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
-        save_config_for_hf(hyper, str(path), model_args=timm_args)
+        save_config_for_hf(hyper, path, model_args=timm_args)
         described: dict[str, Any] = json.loads(path.read_text())
     return described
 

@@ -11,6 +11,8 @@ import timm
 import torch
 from torch import nn
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 ROUNDING = 1e-12
 """Between a ratio before and after it was written as JSON: nothing."""

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import hyperize
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLASSES = ("blue", "green", "red")

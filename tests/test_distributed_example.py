@@ -19,6 +19,8 @@ from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
 import hyperize
 
+pytestmark = pytest.mark.long
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLASSES = ("blue", "green", "red")
 PER_EPOCH = 4

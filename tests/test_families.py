@@ -30,13 +30,13 @@ ROUNDING = 1e-4
 """Of outputs near 1 in float32, which factors and weights sum up in different orders."""
 
 
-class Mixed(OneLayer):
+class Toy(OneLayer):
     """A toy: embeddings go through one square layer, shared by all weights, before the head."""
 
-    name = embeddings = "mixed"
+    name = embeddings = "toy"
 
     def serves(self, config):
-        return config.embeddings == "mixed"
+        return config.embeddings == "toy"
 
     def shared(self, lead, hidden, nz):
         return {"mixer": (nz, nz)}
@@ -54,11 +54,11 @@ class Mixed(OneLayer):
 
 
 @pytest.fixture
-def mixed():
-    register_family(Mixed())
-    yield HyperConfig(compression=4, embeddings="mixed", targets=("conv2d", "linear"), seed=0)
-    del FAMILIES["mixed"]
-    EMBEDDINGS.discard("mixed")
+def toy():
+    register_family(Toy())
+    yield HyperConfig(compression=4, embeddings="toy", targets=("conv2d", "linear"), seed=0)
+    del FAMILIES["toy"]
+    EMBEDDINGS.discard("toy")
 
 
 def wide():
@@ -68,11 +68,11 @@ def wide():
     )  # fmt: skip
 
 
-def test_a_family_of_ones_own_is_planned_to_the_exact_count_and_made_dense_bit_for_bit(mixed):
+def test_a_family_of_ones_own_is_planned_to_the_exact_count_and_made_dense_bit_for_bit(toy):
     model = randomise(wide())
-    plan = make_plan(model, mixed)
+    plan = make_plan(model, toy)
     hyper = hyperize(model, plan)
-    assert plan.family_name == "mixed"
+    assert plan.family_name == "toy"
     assert count(hyper) == plan.total_hyper_params
     assert plan.compression >= 4
     assert sum(row.hyper_params for row in report(hyper).sites) + plan.hypernet_params == (
@@ -82,32 +82,32 @@ def test_a_family_of_ones_own_is_planned_to_the_exact_count_and_made_dense_bit_f
     assert torch.equal(hyper(x), to_dense(hyper)(x))
 
 
-def test_it_trains_in_all_its_parts(mixed):
-    hyper = hyperize(randomise(wide()), mixed)
+def test_it_trains_in_all_its_parts(toy):
+    hyper = hyperize(randomise(wide()), toy)
     hyper(torch.randn(2, 3, 8, 8)).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in hyper.parameters())
     assert any("mixer" in name for name, _ in hyper.named_parameters())
 
 
-def test_it_fits_in_its_blocks(mixed):
+def test_it_fits_in_its_blocks(toy):
     teacher = randomise(wide())
-    fitted = fit_(hyperize(teacher, mixed), teacher)
+    fitted = fit_(hyperize(teacher, toy), teacher)
     assert fitted.history[-1] < 0.9  # of what zero weights would miss
     assert all(b <= a for a, b in zip(fitted.history, fitted.history[1:], strict=False))
     data = [torch.randn(8, 3, 8, 8)]
-    assert fit_(hyperize(teacher, mixed), teacher, data=data).history[-1] < 0.9
+    assert fit_(hyperize(teacher, toy), teacher, data=data).history[-1] < 0.9
 
 
-def test_it_is_saved_and_loaded_equal(mixed, tmp_path):
-    hyper = hyperize(randomise(wide()), mixed)
-    save(hyper, tmp_path / "mixed.safetensors")
-    again = load(wide(), tmp_path / "mixed.safetensors")
+def test_it_is_saved_and_loaded_equal(toy, tmp_path):
+    hyper = hyperize(randomise(wide()), toy)
+    save(hyper, tmp_path / "toy.safetensors")
+    again = load(wide(), tmp_path / "toy.safetensors")
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(hyper(x), again(x))
 
 
-def test_it_computes_with_factors(mixed):
-    hyper = hyperize(randomise(wide()), mixed.replace(factorized=True))
+def test_it_computes_with_factors(toy):
+    hyper = hyperize(randomise(wide()), toy.replace(factorized=True))
     assert any(layer.factorable for layer in generated_layers(hyper).values())
     x = torch.randn(2, 3, 8, 8)
     dense = to_dense(hyper)(x)
@@ -123,7 +123,7 @@ def test_a_family_without_a_name_or_with_a_taken_one_is_refused():
     with pytest.raises(ConfigError, match=r"Family\.name must be a string"):
         register_family(Family())
     with pytest.raises(ConfigError, match="embeddings must be"):
-        HyperConfig(embeddings="mixed")
+        HyperConfig(embeddings="toy")
 
 
 SHAPES = [

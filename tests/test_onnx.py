@@ -26,6 +26,8 @@ from hyperize import (
 )
 from hyperize import onnx as export
 
+pytestmark = pytest.mark.long
+
 CLOSE = 1e-5
 """Of the outputs' scale: some fifty roundings of float32 in another order; measured below 1e-6."""
 GRAPH = 2_000
