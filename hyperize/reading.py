@@ -68,7 +68,7 @@ class GeneratedWeight(Tensor):
             result.flags.writeable = False  # it may lie in the weight's memory
         if isinstance(result, Tensor):
             return _guarded_view(result, weights)
-        if isinstance(result, (tuple, list)) and type(result) in (tuple, list):  # chunks and such
+        if type(result) in (tuple, list):  # chunks and such
             return type(result)(
                 _guarded_view(part, weights) if isinstance(part, Tensor) else part
                 for part in result
@@ -102,20 +102,19 @@ def _problem(name: str, owner: str, args: tuple[Any, ...], kwargs: Mapping[str, 
         return "have a gradient that lasts"
     if name in _HOOKS:
         return f"keep what {name} is for"
-    if any(True for _ in _weights((kwargs.get("out"),))):
+    if _has_weight(kwargs.get("out")):
         return "be written to by out="
-    if name == "backward" and any(True for _ in _weights((kwargs.get("inputs"),))):
+    if name == "backward" and _has_weight(kwargs.get("inputs")):
         return "have a gradient that lasts"
     if kwargs.get("inplace") or kwargs.get("max_norm") is not None:
         return f"be changed in place by {name}"
     if name == "__get__" and owner == "grad_fn" and _registers():
         return "become a parameter of another layer"
     # PyTorch names what works in place with an underscore at the end, or as Python's operators
-    plain = name.rstrip("_")
     in_place = name.endswith("_") and not name.endswith("__")
     operator = name.startswith("__i") and name not in _READING
-    if (in_place or operator or name == "__setitem__") and any(True for _ in _weights((first,))):
-        return f"be changed in place by {plain or name}_" if in_place else f"take {name}"
+    if (in_place or operator or name == "__setitem__") and _has_weight(first):
+        return f"be changed in place by {name}" if in_place else f"take {name}"
     return ""
 
 
@@ -158,6 +157,11 @@ def _weights(values: Iterable[Any]) -> Iterator[GeneratedWeight]:
             yield from _weights(value.values())
 
 
+def _has_weight(value: Any) -> bool:
+    """Whether an argument is a guarded weight, or a list with one."""
+    return next(_weights((value,)), None) is not None
+
+
 def _plain(value: Any) -> Any:
     """Arguments with plain tensors in the places of guarded weights."""
     if isinstance(value, GeneratedWeight):
@@ -167,7 +171,7 @@ def _plain(value: Any) -> Any:
         if hasattr(value, "_fields"):
             return type(value)(*parts)
         return type(value)(parts)
-    if isinstance(value, (dict, Mapping)):
+    if isinstance(value, Mapping):
         return {key: _plain(part) for key, part in value.items()}
     return value
 
