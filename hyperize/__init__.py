@@ -1,5 +1,6 @@
 """hyperize: turn a PyTorch model into a hypernetwork version of itself (arXiv 1609.09106)."""
 
+from hyperize.calls import cached
 from hyperize.config import (
     BudgetError,
     ConfigError,
@@ -56,6 +57,7 @@ __all__ = [
     "HyperRNNCell",
     "param_groups",
     "generated_l2",
+    "cached",
     "shard",
     "HyperizeError",
     "ConfigError",

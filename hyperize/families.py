@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hyperize.config import EMBEDDINGS, ConfigError, HyperConfig
 from hyperize.products import linear
-from hyperize.tiling import Grid, Head, channels, first, kernel_name, make_grid
+from hyperize.tiling import Grid, Head, Stack, channels, first, kernel_name, make_grid
 
 __all__ = ["Family", "register_family"]
 
@@ -139,6 +139,27 @@ class Family:
         """The last product of a weight, scaled and shifted, in its memory order."""
         raise NotImplementedError
 
+    def together(self, net: Net, sites: Sequence[Site], dtype: torch.dtype) -> list[Tensor]:
+        """Several weights, in as few operations as the family can; here one by one.
+
+        Args:
+            net: The hypernetwork.
+            sites: Of the weights.
+            dtype: Of the weights. Products are made in it where its range allows.
+
+        Returns:
+            The weights, in the order of the sites.
+        """
+        weights = (grid.join(linear(*self.factors(net, (z, c, grid)))) for z, c, grid in sites)
+        return [weight.to(dtype) for weight in weights]
+
+    def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
+        """The sum of the squares of all weights, without making them; None if it cannot be had.
+
+        The squared norm of a product A B^T is the sum over A^T A * B^T B, of two small matrices.
+        """
+        return None
+
     def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
         """The weight's factors as `hyperize.factorized.multiply` takes them."""
         raise NotImplementedError
@@ -220,6 +241,66 @@ class OneLayer(Family):
         weight, bias = _used(net, grid)
         return self.hidden(net, z, scale, grid), weight, bias * scale + offset
 
+    def together(self, net: Net, sites: Sequence[Site], dtype: torch.dtype) -> list[Tensor]:
+        """One product for each head, of all embeddings, with scales and offsets as columns."""
+        weights: dict[int, Tensor] = {}
+        for members, stack, left, right in self.stacks(net, sites):
+            weights.update(zip(members, stack.join(_product(left, right, dtype)), strict=True))
+        return [weights[at] for at in range(len(sites))]
+
+    def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
+        if any(grid.padding and grid.parts > 1 for *_, grid in sites):
+            return None  # there is padding in every row
+        total = []
+        for _, stack, left, right in self.stacks(net, sites):
+            left, right = widened(left), widened(right)
+            total.append((left.t() @ left * (right.t() @ right)).sum())
+            rows = left.split([grid.rows * grid.parts for grid in stack.grids])
+            for grid, of_site in zip(stack.grids, rows, strict=True):
+                weights = math.prod(grid.shape) - (len(of_site) - 1) * len(right)  # of the last row
+                if weights < len(right):
+                    total.append(-(right[weights:] @ of_site[-1]).square().sum())
+        return torch.stack(total).sum()
+
+    def stacks(
+        self, net: Net, sites: Sequence[Site]
+    ) -> Iterator[tuple[list[int], Stack, Tensor, Tensor]]:
+        """The last products of several weights, those of a head and a width together.
+
+        Yields:
+            Numbers of the sites, their stack, and the two matrices whose product left @ right.T has
+            the rows of all: (sum of R * P, d + 2) and (w * k, d + 2).
+        """
+        alike: dict[tuple[str, int], list[int]] = {}
+        for at, (*_, grid) in enumerate(sites):
+            whole = len(net.head(grid.kernel)[1])
+            # A weight of one row may be the beginning of a longer row
+            width = whole if grid.rows * grid.parts == 1 else grid.width * grid.elements
+            alike.setdefault((grid.kernel, width), []).append(at)
+        for (kernel, width), members in alike.items():
+            z, constants, grids = zip(*(sites[at] for at in members), strict=True)
+            stack = Stack(grids)
+            hidden, columns = self.stacked(net, stack, z, constants)
+            weight, bias = (t[:width] for t in net.head(kernel))
+            # [s a, s, o] @ [W, B, 1].T = s (W a + B) + o, for each row a with its own s and o
+            left = torch.cat([hidden, columns], 1)
+            right = torch.cat([weight, bias[:, None], bias.new_ones(width, 1)], 1)
+            yield members, stack, left, right
+
+    def stacked(
+        self, net: Net, stack: Stack, z: Sequence[Tensor], constants: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """What the head multiplies for several weights: scaled rows (R, d), scale and offset (R, 2).
+
+        Args:
+            net: The hypernetwork.
+            stack: Of the weights.
+            z: Their embeddings.
+            constants: Their scales and offsets.
+        """
+        columns = torch.cat([c.expand(len(e), 2) for c, e in zip(constants, z, strict=True)])
+        return stack.collect(z) * columns[:, :1], columns
+
     def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
         z, (scale, offset), grid = site
         assert grid.blocks is not None
@@ -293,6 +374,18 @@ class TwoLayers(OneLayer):
         a = linear(z, weight, bias) if scale is None else linear(z * scale, weight, bias * scale)
         return grid.unstack(a)
 
+    def stacked(
+        self, net: Net, stack: Stack, z: Sequence[Tensor], constants: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        scaled, columns = super().stacked(net, stack, z, constants)
+        weight, bias = net.layer("trunk")
+        # (tiles, Nz + 1) @ (Nz + 1, lead * d)
+        left, right = torch.cat([scaled, columns[:, :1]], 1), with_column(weight, bias)
+        tiles = _product(left, right, scaled.dtype).split([len(e) for e in z])
+        rows = torch.cat([g.unstack(t) for g, t in zip(stack.grids, tiles, strict=True)])
+        counts = [grid.rows * grid.parts for grid in stack.grids]
+        return rows, torch.cat([c.expand(n, 2) for c, n in zip(constants, counts, strict=True)])
+
     def readers(self, net: Net) -> list[nn.Module]:
         return [net.get_submodule("trunk")]
 
@@ -348,6 +441,15 @@ class Channels(Family):
         # (columns, 1, Nz) * (k, Nz) -> (columns * k, Nz)
         kernels = (columns[:, None] * weight).flatten(0, 1)
         return rows * scale, kernels, (bias * scale + offset).repeat(len(columns))
+
+    def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
+        total = []
+        for site in sites:
+            # (out, D), (in, D), (*kernel, D) -> three of (D, D)
+            flat = [widened(f).reshape(-1, f.shape[-1]) for f in self.thin_factors(net, site)]
+            out, into, kernel = (f.t() @ f for f in flat)
+            total.append((out * into * kernel).sum())
+        return torch.stack(total).sum()
 
     def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
         z, (scale, offset), grid = site
@@ -405,6 +507,11 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.to(matrix.dtype), vectors.to(matrix.dtype)
 
 
+def widened(x: Tensor) -> Tensor:
+    """In float32 at least; the range of half precision is too small for squares."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def with_column(x: Tensor, column: Tensor) -> Tensor:
     """One more column: (n, d), (n,) -> (n, d + 1)."""
     return torch.cat([x, column[:, None]], 1)
@@ -413,6 +520,21 @@ def with_column(x: Tensor, column: Tensor) -> Tensor:
 def with_ones(x: Tensor) -> Tensor:
     """A column of ones, which the bias is multiplied by."""
     return with_column(x, x.new_ones(len(x)))
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right.T in a dtype.
+
+    A bfloat16 has the range of a float32, so that the factors can be rounded to it. A float16 has
+    not, and sums over many tiles in the backward pass would overflow: only the result becomes one.
+    """
+    if dtype == torch.bfloat16:
+        left, right = left.to(dtype), right.to(dtype)
+        # Tensor cores want rows of whole multiples of 16 bytes
+        spare = -left.shape[1] % 8
+        if spare:
+            left, right = F.pad(left, (0, spare)), F.pad(right, (0, spare))
+    return linear(left, right).to(dtype)
 
 
 def _used(net: Net, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -120,6 +120,7 @@ class HyperNet(nn.Module):
         constants: Tensor | tuple[Tensor, ...],
         grid: Grid | tuple[Grid, ...],
         factors: bool = False,
+        made: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         """Generates a weight, or several weights in one call.
 
@@ -128,12 +129,15 @@ class HyperNet(nn.Module):
             constants: The weight's scale and offset, (2,).
             grid: How the weight is cut.
             factors: Stop before the last product. Only where the family has such factors.
+            made: The weight, if it is there already, for what looks on here.
 
         Returns:
             The weight, contiguous, in the dense parameter's shape and the embedding's dtype; a
             tuple of weights for tuples of arguments. Or the weight's factors, as
             `hyperize.factorized.multiply` takes them, in the embedding's dtype.
         """
+        if made is not None:
+            return made
         if not isinstance(grid, Grid):
             return tuple(
                 self._generate(*site) for site in zip(embedding, constants, grid, strict=True)
@@ -150,6 +154,55 @@ class HyperNet(nn.Module):
             site = self._site(embedding, constants, grid)
             weight = grid.join(linear(*self.family.factors(self, site)))
             return _like_a_parameter(weight.to(embedding.dtype), embedding.requires_grad)
+
+    def together(
+        self,
+        embeddings: Sequence[Tensor],
+        constants: Sequence[Tensor],
+        grids: Sequence[Grid],
+        dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
+        """Generates several weights in as few operations as possible.
+
+        Args:
+            embeddings: As in `forward`, of each weight; all of one dtype, on one device.
+            constants: As in `forward`.
+            grids: As in `forward`.
+            dtype: Of the weights; by default the embeddings'.
+
+        Returns:
+            The weights that `forward` generates, but for the rounding of products of other sizes
+            and, with a lower dtype, of their operands.
+        """
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                return self.together(embeddings, constants, grids, dtype)
+        first = embeddings[0]
+        with _no_autocast(first.device.type):
+            sites = [self._site(*site) for site in zip(embeddings, constants, grids, strict=True)]
+            if dtype is None:
+                weights = self.family.together(self, sites, sites[0][0].dtype)
+                weights = [weight.to(first.dtype) for weight in weights]
+            else:
+                weights = self.family.together(self, sites, dtype)
+            return [_like_a_parameter(weight, first.requires_grad) for weight in weights]
+
+    def squares(
+        self, embeddings: Sequence[Tensor], constants: Sequence[Tensor], grids: Sequence[Grid]
+    ) -> Tensor | None:
+        """The sum of squares of several weights, in float32 or more; None if it has to be made.
+
+        Arguments as in `together`. The weights are not made.
+        """
+        with _no_autocast(embeddings[0].device.type):
+            sites = [self._site(*site) for site in zip(embeddings, constants, grids, strict=True)]
+            return self.family.squares(self, sites)
+
+    def sources(self) -> list[tuple[dict[str, Any], str, nn.Parameter]]:
+        """Each parameter with the table that holds it and its name there."""
+        layers = (*self.heads._modules.values(), *self._modules.values())
+        tables = (layer._parameters for layer in layers if layer is not None)
+        return [(table, name, p) for table in tables for name, p in table.items() if p is not None]
 
     def _factorize(self, embedding: Tensor, constants: Tensor, grid: Grid) -> tuple[Tensor, ...]:
         with _no_autocast(embedding.device.type):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from hyperize.caching import Cache, find, pays
 from hyperize.config import ConfigError, ModelError, WeightError
 from hyperize.factorized import multiply
 from hyperize.reading import guarded
@@ -48,6 +49,13 @@ _REWRITING = tuple(
 """Modules that read a parameter in order to put something else in its place."""
 _ENGINES = ("torch.distributed.", "accelerate.", "deepspeed.")
 """What reads a module's parameters by name, to shard, move or store them."""
+_LOWERED = {
+    getattr(layer, method)
+    for layer in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for method in ("forward", "_conv_forward")
+    if hasattr(layer, method)
+} | {layer.forward for layer in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
+"""Methods that hand the layer's weight to an operation which autocast computes in its dtype."""
 _WITHOUT_RANDOMNESS = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers of which nothing has to be restored to run them again."""
 
@@ -56,6 +64,7 @@ class _Running(threading.local):
     """The generated layer whose own forward is running in this thread."""
 
     layer: Generated | None = None
+    input: Any = None  # of its forward
 
 
 _running = _Running()
@@ -76,6 +85,12 @@ class Generated(nn.Module):
     """The `PlannedSite` that each was made for, with the paths of that time."""
     factorable: bool
     """Whether the factors of the weight take fewer multiply-adds than the weight."""
+    lowered: bool
+    """Whether the forward uses its weight only in what autocast computes in its dtype."""
+    apart = False
+    """Whether all parameters have to lie in one buffer of their own."""
+    beside: tuple[str, ...] = ()
+    """The parameters that follow the generated ones there."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # type(layer)(...), by which adapters and converters make a layer of the same kind
@@ -143,23 +158,39 @@ class Generated(nn.Module):
         """The layer's work, in which its weights are read."""
         if torch.compiler.is_compiling():  # which reads plain tensors in any case
             return super().forward(*args, **kwargs)  # the dense class's, which comes next
-        outer = _running.layer
-        _running.layer = self
+        outer = _running.layer, _running.input
+        _running.layer, _running.input = self, next(iter((*args, *kwargs.values())), None)
         try:
             return super().forward(*args, **kwargs)
         finally:
-            _running.layer = outer
+            _running.layer, _running.input = outer
 
     def _multiply(self, input: Tensor) -> Tensor:
         grid = self.grids["weight"]
-        embedding, constants = self.embedding("weight"), self._buffers["weight" + CONSTANTS]
-        return multiply(self, input, self.hypernet(embedding, constants, grid, True), grid.axis)
+        factors = self.hypernet(self.embedding("weight"), self.constants("weight"), grid, True)
+        return multiply(self, input, factors, grid.axis)
 
     def generate(self, name: str) -> Tensor:
         """The current value of one generated parameter, attached to the autograd graph."""
-        constants = self._buffers[name + CONSTANTS]
-        weight: Tensor = self.hypernet(self.embedding(name), constants, self.grids[name])
+        site = self.embedding(name), self.constants(name), self.grids[name]
+        weight: Tensor
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            weight = self.hypernet(*site)
+        else:
+            own = _running.layer is self
+            made = find(self, name, own, _running.input if own else None)
+            weight = self.hypernet(*site, made=made)
         return weight
+
+    def constants(self, name: str) -> Tensor:
+        """Scale and offset of one generated parameter, (2,)."""
+        found = self._buffers[name + CONSTANTS]
+        assert found is not None
+        return found
+
+    def has_weight(self) -> bool:
+        """Whether the layer computes with weights, and not with their factors."""
+        return not (self.factorable and self.hypernet.factorized)
 
     def embedding(self, name: str) -> nn.Parameter:
         """The embeddings of one generated parameter, (tiles, Nz)."""
@@ -288,7 +319,32 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
 
     @property
     def _flat_weights(self) -> list[Tensor]:  # type: ignore[override]
-        return [getattr(self, name) for name in self._flat_weights_names]
+        names = self._flat_weights_names
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or not self.apart:
+            return [getattr(self, name) for name in names]
+        if not pays(self.embedding(self.generated[0])) or find(self, names[0], True) is not None:
+            return [self._read(name) for name in names]
+        with Cache([self]):  # which has all of them in one buffer, as cuDNN takes them
+            return [self._read(name) for name in names]
+
+    def _read(self, name: str) -> Tensor:
+        if name in self.generated:
+            return self.generate(name)
+        made = find(self, name, True)
+        return getattr(self, name) if made is None else made
+
+    @property
+    def beside(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The biases, which follow all weights."""
+        return tuple(name for name in self._flat_weights_names if name.startswith("bias"))
+
+    @property
+    def apart(self) -> bool:  # type: ignore[override]
+        """Unless something stands between the weights, or has another dtype."""
+        dtypes = {self.embedding(name).dtype for name in self.generated}
+        dtypes |= {getattr(self, name).dtype for name in self.beside}
+        whole = len(self.generated) + len(self.beside) == len(self._flat_weights_names)
+        return whole and len(dtypes) == 1 and not self.proj_size
 
     def dense_forward(self, weights: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """As in the base class, with the list that the dense forward reads."""
@@ -483,6 +539,8 @@ def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Gene
     members |= {
         "dense_class": dense,
         "generated": names,
+        "lowered": dense.forward in _LOWERED
+        and getattr(dense, "_conv_forward", nn.Conv2d._conv_forward) in _LOWERED,
         "__doc__": f"{dense.__name__} with generated {', '.join(names)}.",
         # torch.fx tells by it which layers are leaves of a graph, and this is one if its dense
         # twin is.

@@ -44,23 +44,23 @@ The call itself is slower than torch's own, which outweighs the faster product b
 """
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Computes `F.linear` of matrices, to which it is equal but for rounding.
 
     Args:
         x: (n, d).
         weight: (m, d).
-        bias: (m,).
+        bias: (m,), or none.
 
     Returns:
         (n, m), differentiable any number of times. Transforms of torch.func, forward-mode
         derivatives, compilers and tracers get `F.linear`, which they know.
     """
-    operands = x, weight, bias
+    operands = (x, weight) if bias is None else (x, weight, bias)
     # Of a stand-in neither the device nor the size may be asked, so that check is the first
     fits = _is_concrete(*operands) and takes_onednn(x)
     if fits and x.numel() * weight.shape[0] >= LEAST and not _is_watched(*operands):
-        result: Tensor = _Linear.apply(*operands)
+        result: Tensor = _Linear.apply(x, weight, bias)
         return result
     return F.linear(x, weight, bias)
 
@@ -112,7 +112,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         to_x, to_weight, _ = ctx.needs_input_grad
         # Only what the backward pass reads is saved: torch forbids changing a saved tensor in place
         ctx.save_for_backward(x if to_weight else None, weight if to_x else None)

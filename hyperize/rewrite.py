@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hyperize.calls import as_in_a_call, install, uninstall
 from hyperize.config import ConfigError, HyperConfig, ModelError
 from hyperize.dynamic import HyperLSTM, HyperRNN, dynamic_twin
 from hyperize.hypernet import HyperNet, moments
@@ -123,6 +124,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             model.get_submodule(parent)._modules[name] = twin
     if HYPERNET not in (host := model.get_submodule(root))._modules:
         vars(host).setdefault(HYPERNET, hypernet)  # a reference; the layers own it
+        install(host)
     return model
 
 
@@ -184,9 +186,10 @@ def to_dense(
             "depend on the input, so it has no dense equivalent. Save and run the hyperized model "
             'as it is, hyperize with lstm="static", or leave it out with exclude=(...).'
         )
+    weights = _dense_weights(hyper, selected)
     if not inplace:
         hyper = _copy(hyper)
-    _densify(hyper, selected)
+    _densify(hyper, weights)
     whole = {vars(module).get(HYPERNET) for module in hyper.modules()}
     for group in find_groups(hyper) if len(selected) < len(targets) else ():
         if group.hypernet in whole or not inplace:  # otherwise layers elsewhere may need them
@@ -209,28 +212,37 @@ def dense_state_dict(hyper: nn.Module) -> dict[str, Tensor]:
     groups = find_groups(hyper)
     if next(dynamic_layers(hyper, groups), None) is not None:
         to_dense(hyper)  # which says why it cannot be
+    weights = _dense_weights(hyper, [path for group in groups for path in group.layers])
     twin = structural_copy(hyper, lambda tensor: tensor)
-    _densify(twin, [path for group in groups for path in group.layers])
+    _densify(twin, weights)
     return twin.state_dict()
 
 
-def _densify(hyper: nn.Module, selected: Iterable[str]) -> None:
-    """Makes some generated layers dense, and forgets hypernetworks without any."""
-    # Every weight is computed before the first layer is changed.
-    layers = [cast(Generated, hyper.get_submodule(path)) for path in selected]
+_Weights = dict[str, dict[str, nn.Parameter]]
+"""By the layer's path and the parameter's name."""
+
+
+def _dense_weights(hyper: nn.Module, selected: Iterable[str]) -> _Weights:
+    """The weights of some generated layers as parameters; nothing is changed."""
+    layers = {path: cast(Generated, hyper.get_submodule(path)) for path in selected}
     shapes: dict[Any, Tensor] = {}
-    with torch.no_grad():
-        weights = [
-            {name: _dense_parameter(layer, name, shapes) for name in layer.generated}
-            for layer in layers
-        ]
-    for layer, params in zip(layers, weights, strict=True):
-        densify_params(layer, params)
+    with torch.no_grad(), as_in_a_call(hyper):
+        return {
+            path: {name: _dense_parameter(layer, name, shapes) for name in layer.generated}
+            for path, layer in layers.items()
+        }
+
+
+def _densify(hyper: nn.Module, weights: _Weights) -> None:
+    """Makes some generated layers dense, and forgets hypernetworks without any."""
+    for path, params in weights.items():
+        densify_params(cast(Generated, hyper.get_submodule(path)), params)
     left = {layer.hypernet for layer in generated_layers(hyper).values()}
     for module in hyper.modules():
         referred = vars(module).get(HYPERNET)
         if isinstance(referred, HyperNet) and referred not in left and referred.plan.sites:
             del vars(module)[HYPERNET]
+            uninstall(module)
 
 
 def _dense_parameter(layer: Generated, name: str, shapes: dict[Any, Tensor]) -> nn.Parameter:

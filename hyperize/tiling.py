@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -89,6 +90,16 @@ class Grid(NamedTuple):
         if self.width % columns == 0:
             return 1, self.width // columns
         return (columns // self.width, 1) if columns % self.width == 0 else None
+
+    @property
+    def padding(self) -> int:
+        """How many numbers of the rows are no weights."""
+        return self.rows * self.parts * self.width * self.elements - math.prod(self.shape)
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the rows, one behind the other, are the weight in memory, and then padding."""
+        return self.axis == 0 and self.parts == 1
 
     def join(self, rows: Tensor) -> Tensor:
         """The weight, contiguous, of its rows, (R * P, w * k), less what pads them."""
@@ -171,3 +182,74 @@ def first(x: Tensor, length: int) -> Tensor:
     The backward pass of a slice fills a tensor with zeros and copies, even if nothing is cut off.
     """
     return x if len(x) == length else x[:length]
+
+
+class Stack:
+    """Weights that are one product: their embeddings in one matrix, and the product's rows apart.
+
+    A weight that the loss does not reach leaves its embeddings without a gradient, as it would if
+    it were a product by itself. An optimizer then leaves them alone.
+
+    Args:
+        grids: Of the weights; all of one width, or of one row that is not longer than the others'.
+    """
+
+    def __init__(self, grids: Sequence[Grid]) -> None:
+        self.grids = grids
+        self._reached: list[bool] = [True] * len(grids)
+
+    def collect(self, embeddings: Sequence[Tensor]) -> Tensor:
+        """The embeddings, one weight's below the other's: (sum of tiles, Nz)."""
+        result: Tensor = _Collect.apply(self, *embeddings)
+        return result
+
+    def join(self, rows: Tensor) -> list[Tensor]:
+        """The weights, of the rows of all, (sum of R * P, w * k)."""
+        return list(_Join.apply(self, rows))
+
+    def _divide(self, rows: Tensor) -> list[Tensor]:
+        parts = rows.split([grid.rows * grid.parts for grid in self.grids])
+        return [grid.join(part) for grid, part in zip(self.grids, parts, strict=True)]
+
+    def _unite(self, gradients: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
+        """The gradient of the rows, zero where weights have none and where rows have padding."""
+        pieces: list[Tensor | None] = []
+        gaps: list[int] = []  # behind each piece
+        for grid, gradient in zip(self.grids, gradients, strict=True):
+            flat = None
+            if gradient is not None:
+                flat = (gradient if grid.is_flat else grid.cut(gradient)).reshape(-1)
+            pieces.append(flat)
+            size = grid.rows * grid.parts * shape[1]
+            gaps.append(size if flat is None else size - len(flat))
+        like = next(piece for piece in pieces if piece is not None)
+        zeros = like.new_zeros(max(gaps))  # the same memory serves all gaps
+        filled = (part for p, gap in zip(pieces, gaps, strict=True) for part in (p, zeros[:gap]))
+        return torch.cat([part for part in filled if part is not None and len(part)]).view(shape)
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stack: Stack, *embeddings: Tensor) -> Tensor:
+        ctx.stack, ctx.sizes = stack, [len(z) for z in embeddings]
+        return torch.cat(embeddings)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parts = zip(gradient.split(ctx.sizes), ctx.stack._reached, strict=True)
+        return None, *(part if reached else None for part, reached in parts)
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stack: Stack, rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.stack, ctx.shape = stack, rows.shape
+        ctx.set_materialize_grads(False)
+        return tuple(stack._divide(rows))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor | None]:
+        ctx.stack._reached = [gradient is not None for gradient in gradients]
+        if not any(ctx.stack._reached):
+            return None, None
+        return None, ctx.stack._unite(gradients, ctx.shape)

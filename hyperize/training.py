@@ -11,11 +11,13 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hyperize.caching import version_of
 from hyperize.config import ConfigError, ModelError
 from hyperize.dynamic import HyperLSTMCell, HyperRNNCell
 from hyperize.hypernet import HyperNet
@@ -92,17 +94,49 @@ def _spared(model: nn.Module) -> Iterator[nn.Parameter]:
             yield from (named[name] for name in names() if name in named)
 
 
+@dataclass(frozen=True)
+class _Record:
+    """A weight that was read: what it was made of, and what the hypernetwork has put out for it.
+
+    Attributes:
+        site: Embedding, constants and grid.
+        versions: The embedding and the hypernetwork's parameters, with their versions then; None
+            while torch.compile traces.
+        output: The weight, or its factors.
+        graph: Whether the forward pass recorded a graph for it.
+    """
+
+    hypernet: HyperNet
+    site: tuple[Tensor, Tensor, Grid]
+    versions: list[tuple[Tensor, int]] | None
+    output: Any
+    graph: bool
+
+    def is_current(self) -> bool:
+        """Whether the weight is what its parameters would give now.
+
+        Not if they have been changed or replaced since, as by torch.func.functional_call, or freed,
+        as by FSDP2.
+        """
+        z = self.site[0]
+        if self.versions is None or z.untyped_storage().size() == 0:
+            return False
+        now = [z, *(param for *_, param in self.hypernet.sources())]
+        return all(
+            param is before and version_of(param) == version
+            for param, (before, version) in zip(now, self.versions, strict=True)
+        )
+
+
 class GeneratedL2:
     """The sum of squares of the weights generated within `generated_l2`; call it for the value."""
 
     def __init__(self) -> None:
-        # number of an embedding -> the embedding, the hypernetwork, what it has put out (the weight
-        # or its factors) with its grid, and whether the forward pass recorded a graph for it
-        self._outputs: dict[int, tuple[Tensor, HyperNet, Any, Grid, bool]] = {}
+        self._records: dict[int, _Record] = {}  # by the number of the embedding
         self._thread = threading.get_ident()
 
     def __call__(self) -> Tensor:
-        """The penalty, a scalar attached to the graph of the forward pass.
+        """The penalty, a scalar with a graph.
 
         Each site counts once, however often its weight was generated. Sites that the forward pass
         did not reach do not count.
@@ -114,23 +148,22 @@ class GeneratedL2:
             ModelError: No weight was generated, or it was without a graph, while gradients are
                 asked for now.
         """
-        if not self._outputs:
+        records = list(self._records.values())
+        if not records:
             raise ModelError(
                 "no weight was generated within generated_l2(), so there is nothing to sum. Run "
                 "the forward pass of the hyperized model inside the `with` block; a model that "
                 "torch.compile has compiled has to be called inside such a block from the first."
             )
-        if torch.is_grad_enabled() and not all(graph for *_, graph in self._outputs.values()):
+        if torch.is_grad_enabled() and not all(record.graph for record in records):
             raise ModelError(
                 "a weight was generated without a graph, so its penalty would have no gradient. "
                 "Run the forward pass without no_grad(); checkpoint with use_reentrant=False."
             )
-        squares = []
-        for _, hypernet, output, grid, _ in self._outputs.values():
-            weight = output if isinstance(output, Tensor) else hypernet.expand(output, grid)
-            wide = torch.promote_types(weight.dtype, torch.float32)  # half's range is too small
-            squares.append(weight.to(wide).square().sum())
-        return torch.stack(squares).sum()
+        groups: dict[HyperNet, list[_Record]] = {}
+        for record in records:
+            groups.setdefault(record.hypernet, []).append(record)
+        return torch.stack([_squares(*group) for group in groups.items()]).sum()
 
     def _record(self, hypernet: HyperNet, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the hypernetwork.
@@ -138,24 +171,42 @@ class GeneratedL2:
         It only keeps references. Arithmetic here would be part of a checkpointed region, whose
         recomputation has to repeat it exactly.
         """
-        if not torch.compiler.is_compiling() and threading.get_ident() != self._thread:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and threading.get_ident() != self._thread:
             return  # a forward pass of somebody else's
-        embeddings, _, grids = args[:3]
+        embeddings, constants, grids = args[:3]
         if isinstance(grids, Grid):
-            embeddings, grids, output = (embeddings,), (grids,), (output,)
-        for embedding, grid, out in zip(embeddings, grids, output, strict=True):
+            embeddings, constants, grids, output = (embeddings,), (constants,), (grids,), (output,)
+        shared = [] if compiling else [param for *_, param in hypernet.sources()]
+        graph = torch.is_grad_enabled()
+        for z, c, grid, out in zip(embeddings, constants, grids, output, strict=True):
+            versions = None if compiling else [(param, version_of(param)) for param in (z, *shared)]
             # The newest replaces an older one: parameters may have changed in between
-            record = (embedding, hypernet, out, grid, torch.is_grad_enabled())
-            self._outputs[id(embedding)] = record
+            self._records[id(z)] = _Record(hypernet, (z, c, grid), versions, out, graph)
+
+
+def _squares(hypernet: HyperNet, records: list[_Record]) -> Tensor:
+    """The sum of squares of the weights of one hypernetwork, of their parameters if it can be."""
+    if all(record.is_current() for record in records):
+        total = hypernet.squares(*zip(*(record.site for record in records), strict=True))
+        if total is not None:
+            return total
+    squares = []
+    for record in records:
+        out, grid = record.output, record.site[2]
+        weight = out if isinstance(out, Tensor) else hypernet.expand(out, grid)
+        wide = torch.promote_types(weight.dtype, torch.float32)  # half's range is too small
+        squares.append(weight.to(wide).square().sum())
+    return torch.stack(squares).sum()
 
 
 @contextmanager
 def generated_l2(hyper: nn.Module) -> Iterator[GeneratedL2]:
     """Keeps the weights that are generated inside the block, for an L2 penalty on them.
 
-    Nothing is generated twice: the penalty is of the very tensors that the forward pass used. Where
-    layers compute with factors (`HyperConfig.factorized`), their weights are made for the penalty.
-    It works with modules used several times, under autocast, and with non-reentrant checkpointing.
+    Which weights count is what the forward pass read. The sum is not taken over them, but computed
+    from the embeddings and the hypernetwork: the squared norm of a product of two matrices follows
+    from their Gram matrices, which are small. It works with modules used several times, under autocast, and with non-reentrant checkpointing.
     Forward passes that other threads run meanwhile are left out.
 
         with generated_l2(hyper) as l2:

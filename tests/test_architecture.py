@@ -14,7 +14,9 @@ PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     *("config", "writing", "source", "products", "factorized", "tiling", "families", "reading"),
-    *("layers", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts", "rewrite"),
+    "caching",
+    *("layers", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts"),
+    *("calls", "rewrite"),
     *("drawing", "page", "reporting", "timm_models", "files", "folders", "graph", "onnx"),
     *("training", "distributed", "teacher", "solver", "fitting", "cli"),
 ]

@@ -1,0 +1,336 @@
+"""Weights that are generated together and kept for a while: for one call of a model, or in a block.
+
+On an accelerator a weight costs the launches of its operations rather than their arithmetic. So the
+weights of all layers are made by one product for each head of the hypernetwork, when the first of
+them is read. A `Cache` keeps them, for the layers and in the thread that it was opened for.
+
+A layer that reads its weight gets the kept one only if a weight generated at this moment would be
+the same: under the same modes of autograd and autocast, of the same parameters at the same
+versions, and outside of checkpointed regions that began since. Otherwise it generates its own.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from types import FrameType
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from hyperize.products import is_transformed
+from hyperize.tiling import Grid
+
+__all__: list[str] = []
+
+TOGETHER = 2**25
+"""Weights that are made by one product, at most; a larger one is alone.
+
+The gradients of weights that were made together are kept until the last of them is there. Several
+products let the memory of the one be used for the next.
+"""
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+
+
+class Layer(Protocol):
+    """A generated layer, as far as a cache sees it.
+
+    Attributes:
+        hypernet: Its generator.
+        generated: Names of the generated parameters.
+        apart: Whether all its parameters have to lie in one piece of memory of their own.
+        beside: Names of the parameters that lie there behind the generated ones.
+        grids: How each generated parameter is cut.
+        lowered: Whether its forward uses the weight only in what autocast computes in its dtype.
+    """
+
+    hypernet: Any
+    generated: tuple[str, ...]
+    grids: dict[str, Grid]
+    lowered: bool
+    _parameters: dict[str, Any]
+
+    @property
+    def apart(self) -> bool: ...
+
+    @property
+    def beside(self) -> tuple[str, ...]: ...
+
+    def embedding(self, name: str) -> nn.Parameter: ...
+
+    def constants(self, name: str) -> Tensor: ...
+
+    def has_weight(self) -> bool: ...
+
+
+class _Mode(NamedTuple):
+    """What decides, beside the parameters, which tensor a read weight is."""
+
+    grad: bool
+    inference: bool
+    dtype: torch.dtype | None  # autocast's, for layers that would cast their weight to it
+    trains: bool  # whether the embedding does
+
+
+class _Surroundings(NamedTuple):
+    """What must be as it was when the cache was opened."""
+
+    hooks: Any  # on saved tensors; every checkpointed region sets its own
+    backward: int  # number of the backward pass that is running, or -1
+    modes: int  # number of modes that see every operation
+
+
+class _Open(threading.local):
+    """The open caches of a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.caches: list[Cache] = []
+
+
+_open = _Open()
+_Member = tuple[Layer, str]
+
+
+class Cache:
+    """Keeps the weights of some layers, each from the first time that it or another is read.
+
+    Args:
+        layers: The layers, in the order in which they will probably run.
+        model: The model for one call of which the weights are; None if it is for a block.
+        call: The frame of that call. When it has ended, the cache serves nobody any more, also
+            where it was not closed, as after an interrupt from the keyboard.
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        model: nn.Module | None = None,
+        call: FrameType | None = None,
+    ) -> None:
+        self._layers = list(layers)
+        self.model = model
+        self._call = call
+        self._surroundings = _surroundings()
+        self._chunks: dict[_Member, list[_Member]] | None = None
+        self._made: dict[tuple[int, _Mode], _Made] = {}
+
+    def open(self) -> None:
+        """Serves this thread from now on."""
+        for cache in [cache for cache in _open.caches if cache.is_over()]:
+            cache.close()
+        _open.caches.append(self)
+
+    def close(self) -> None:
+        """Forgets the weights; who holds one keeps it."""
+        if self in _open.caches:
+            _open.caches.remove(self)
+        self._made.clear()
+
+    def __enter__(self) -> None:
+        self.open()
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def is_over(self) -> bool:
+        """Whether the call has ended."""
+        return self._call is not None and not _is_running(self._call)
+
+    def read(self, layer: Layer, name: str, own: bool, x: Any = None) -> Tensor | None:
+        """A weight; None if it has to be generated by itself.
+
+        Args:
+            layer: The layer.
+            name: The parameter's, generated or `beside`.
+            own: Whether the layer's own forward reads it, and not somebody else.
+            x: The layer's input, whose memory format a convolution wants its weight to have.
+        """
+        if self._chunks is None:
+            self._chunks = {member: chunk for chunk in _chunks(self._layers) for member in chunk}
+        member = layer, name if name in layer.generated else layer.generated[0]
+        chunk = self._chunks.get(member)
+        if chunk is None or not self._serves():
+            return None
+        z = layer.embedding(member[1])
+        dtype = _autocast_dtype(z.device.type) if layer.lowered else None
+        if dtype is not None and not own:
+            return None  # somebody else gets the dtype of the dense parameter
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        mode = _Mode(grad, inference, dtype, z.requires_grad)
+        made = self._made.get((id(chunk), mode))
+        if made is None or member not in made.sources or not made.is_current(member):
+            members = [other for other in chunk if _alike(other, z)]
+            if member not in members or forward_ad._current_level >= 0:
+                return None
+            made = self._made[id(chunk), mode] = _Made(members, mode)
+        return made.read(layer, name, x)
+
+    def _serves(self) -> bool:
+        if _surroundings() != self._surroundings or is_transformed():
+            return False
+        if _top_hooks is None and torch.is_grad_enabled():
+            return False  # this torch cannot tell where a checkpointed region begins
+        return not self.is_over()
+
+
+class _Made:
+    """Weights that were made together.
+
+    Attributes:
+        sources: The embedding of each, with its version then.
+    """
+
+    def __init__(self, members: Sequence[_Member], mode: _Mode) -> None:
+        first = members[0][0]
+        embeddings = [layer.embedding(name) for layer, name in members]
+        self.sources = {m: (z, version_of(z)) for m, z in zip(members, embeddings, strict=True)}
+        self._shared = [
+            (owner, key, param, version_of(param), param.requires_grad)
+            for owner, key, param in first.hypernet.sources()
+        ]
+        weights = first.hypernet.together(
+            embeddings,
+            [layer.constants(name) for layer, name in members],
+            [layer.grids[name] for layer, name in members],
+            mode.dtype,
+        )
+        keys = list(members)
+        if first.apart:
+            beside = [first._parameters[name] for name in first.beside]
+            self._shared += [
+                (first._parameters, name, param, version_of(param), param.requires_grad)
+                for name, param in zip(first.beside, beside, strict=True)
+            ]
+            weights = in_one_buffer([*weights, *beside])
+            keys += [(first, name) for name in first.beside]
+        self._weights: dict[_Member, Tensor] = dict(zip(keys, weights, strict=True))
+
+    def is_current(self, member: _Member) -> bool:
+        """Whether all that a weight was made of is as it was."""
+        z, version = self.sources[member]
+        return (
+            member[0].embedding(member[1]) is z
+            and version_of(z) == version
+            and all(
+                owner.get(key) is param
+                and version_of(param) == before
+                and param.requires_grad == trained
+                for owner, key, param, before, trained in self._shared
+            )
+        )
+
+    def read(self, layer: Layer, name: str, x: Any) -> Tensor:
+        weight = self._weights[layer, name]
+        last = _CHANNELS_LAST.get(weight.ndim)
+        if last is None or not isinstance(x, Tensor) or x.ndim != weight.ndim:
+            return weight
+        wanted = x.is_contiguous(memory_format=last) and not x.is_contiguous()
+        format = last if wanted else torch.contiguous_format
+        if not weight.is_contiguous(memory_format=format):
+            # Kept, so that the backward pass need not convert it once more, as cuDNN would
+            weight = self._weights[layer, name] = weight.contiguous(memory_format=format)
+        return weight
+
+
+def find(layer: Layer, name: str, own: bool, x: Any = None) -> Tensor | None:
+    """A weight from an open cache; None if none serves the layer. Arguments as in `Cache.read`."""
+    for cache in reversed(_open.caches):
+        if (weight := cache.read(layer, name, own, x)) is not None:
+            return weight
+    return None
+
+
+def close_innermost(model: nn.Module) -> None:
+    """Closes the cache of the innermost call of a model in this thread, if one is open."""
+    for cache in reversed(_open.caches):
+        if cache.model is model:
+            cache.close()
+            return
+
+
+def pays(tensor: Tensor) -> bool:
+    """Whether weights on the tensor's device are made together unless the user says otherwise.
+
+    On a CPU a weight that has just been made is still in the processor's cache when it is used.
+    """
+    return tensor.device.type != "cpu"
+
+
+def in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors again, one behind the other in memory of their own, attached to the graph.
+
+    It is where cuDNN's recurrent kernels want all weights, followed by all biases. Where they lie
+    apart, torch warns and copies them in each call.
+    """
+    buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    parts = buffer.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _chunks(layers: Iterable[Layer]) -> list[list[_Member]]:
+    """The weights that are made together, in the order of the layers."""
+    filling: dict[tuple[Any, ...], list[_Member]] = {}
+    sizes: dict[tuple[Any, ...], int] = {}
+    done = []
+    for layer in layers:
+        if not layer.has_weight():
+            continue
+        key = (id(layer.hypernet), layer.lowered, layer if layer.apart else None)
+        for name in layer.generated:
+            size = math.prod(layer.grids[name].shape)
+            if key in filling and sizes[key] + size > TOGETHER:
+                done.append(filling.pop(key))
+            if key not in filling:
+                filling[key], sizes[key] = [], 0
+            filling[key].append((layer, name))
+            sizes[key] += size
+    return done + list(filling.values())
+
+
+def _alike(member: _Member, z: Tensor) -> bool:
+    """Whether a weight can be made together with that of the embedding z.
+
+    Frameworks that shard a model or move it piece by piece have put other things in the places of
+    the embeddings of layers that are not about to run.
+    """
+    layer, name = member
+    other = layer._parameters.get(name)
+    return (
+        other is not None
+        and type(other) is type(z)
+        and type(other).__name__ != "DTensor"
+        and other.shape == (layer.grids[name].tiles, z.shape[1])
+        and other.device == z.device
+        and other.dtype == z.dtype
+        and other.requires_grad == z.requires_grad
+    )
+
+
+def _surroundings() -> _Surroundings:
+    hooks = None if _top_hooks is None else _top_hooks(True)
+    return _Surroundings(hooks, torch._C._current_graph_task_id(), _dispatch_modes())
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that autocast casts to; None if it is off, which "meta" cannot be asked."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor has been changed in place."""
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors have none
+
+
+def _is_running(call: FrameType) -> bool:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not call:
+        frame = frame.f_back
+    return frame is call
