@@ -4,7 +4,8 @@ The equations, and the names and shapes of the weights, are documented at `Hyper
 1609.09106, app. A.2.2). `hyper_lstm` is fast: the products that need no earlier step are computed
 at once, before the loop over the steps, and the gradients of the weights are products over many
 steps. It is one operator of torch's dispatcher, so that torch.compile and torch.export see one
-operation; they would otherwise unroll the loop.
+operation; they would otherwise unroll the loop. On a GPU kernels of Triton run the steps
+(kernels.py), where they can; elsewhere operations of torch do.
 
 `plain` computes the same in ordinary operations of torch. It is slower, and takes the operator's
 place where torch has to look inside: under the transforms of torch.func, in forward-mode
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hyperize.kernels import BackwardSteps, forward_steps, takes_triton
 from hyperize.products import by_onednn, is_transformed, laid_out, product, takes_onednn
 
 __all__: list[str] = []
@@ -37,7 +39,17 @@ _tanh_backward = torch.ops.aten.tanh_backward
 EPS = 1e-3
 """What every layer norm adds to the variance, as in the author's code."""
 _CHUNK = 16
-"""The backward pass multiplies this many steps at once for the gradients of the weights."""
+"""The backward pass multiplies this many steps at once for the gradients of the weights.
+
+A chunk is large enough for these products to be efficient, and small enough to stay in a
+processor's cache.
+"""
+_CHUNK_BYTES = 2**28
+"""With kernels of Triton, a chunk's gradients may take this much memory.
+
+A GPU's cache does not hold a chunk, and its products gain from more steps. A chunk takes about as
+much memory as the tape does for its steps, so the whole of a long sequence would double the memory.
+"""
 _LONG = 8
 """From this number of steps on, copying a weight into a layout for faster products pays off."""
 
@@ -192,7 +204,7 @@ def hyper_lstm(
     """
     z = _Sizes(x, weights)
     steps, n, h, k = z.steps, z.batch, z.hidden, z.hyper
-    w_ih, w_hh, bias, u_ih, u_hh, u_bias, u_gain, u_shift, v, v_bias, scale, gain, shift = weights
+    w_ih, u_ih, u_bias = weights[0], weights[3], weights[5]
     flat = x.reshape(steps * n, z.input)  # (T, N, input) -> (T * N, input)
     # (T * N, 4 H) -> (T, N, 4 H), and with K
     xs = product(flat, w_ih.t()).view(steps, n, 4 * h)
@@ -200,11 +212,41 @@ def hyper_lstm(
     if z.bias:
         u_xs += u_bias
     tape = [xs, *(x.new_empty(shape) for shape in _tape_shapes(z, save)[1:])]
-    hs, zs, gates, tanhs, u_norm, u_rstd, u_gates, uc_norm, uc_rstd, u_tanhs = tape[1:11]
-    norm, rstd, c_norm, c_rstd = tape[11:]
     s, c = x.new_empty(steps + 1, n, h + k), x.new_empty(steps + 1, n, h + k)
     s[0], c[0] = s0, c0
+    if takes_triton(x, h, k):
+        forward_steps(u_xs, mask, weights, s, c, tape, save, EPS)
+    else:
+        _forward_steps(z, u_xs, mask, weights, s, c, tape, save)
+    return [s, c, *tape]
 
+
+def _forward_steps(
+    z: _Sizes,
+    u_xs: Tensor,
+    mask: Tensor,
+    weights: list[Tensor],
+    s: Tensor,
+    c: Tensor,
+    tape: list[Tensor],
+    save: bool,
+) -> None:
+    """Runs all steps of `hyper_lstm` in operations of torch.
+
+    Args:
+        z: The sizes.
+        u_xs: The small cell's products with the inputs, (T, N, 4 K), with its bias.
+        mask: As in `hyper_lstm`.
+        weights: As in `WEIGHTS`.
+        s: Its first entry is read and the others are written, as in `c`.
+        c: The memories.
+        tape: Its first entry is read and the others are written.
+        save: Whether the tape has a place for each step.
+    """
+    steps, n, h, k = z.steps, z.batch, z.hidden, z.hyper
+    _, w_hh, bias, u_ih, u_hh, _, u_gain, u_shift, v, v_bias, scale, gain, shift = weights
+    xs, hs, zs, gates, tanhs, u_norm, u_rstd, u_gates, uc_norm, uc_rstd, u_tanhs = tape[:11]
+    norm, rstd, c_norm, c_rstd = tape[11:]
     by_w, by_u = _Factor(w_hh, z), _Factor(torch.cat([u_ih[:, :h], u_hh], 1), z)
     v_t = v.t()  # (K, P * 4 * E)
     # (P, 4, H, E) -> (P * 4, E, H)
@@ -258,7 +300,6 @@ def hyper_lstm(
             memory = torch.addcmul(shift[4], memory, gain[4])
         torch.tanh(memory, out=tanhs[at])
         torch.mul(o, tanhs[at], out=new_s[:, :h])
-    return [s, c, *tape]
 
 
 @_without_autocast
@@ -346,35 +387,115 @@ def _hyper_lstm_backward(
         Those of x (empty if not needed), s0, c0 and of each weight.
     """
     z = _Sizes(x, weights)
-    n, h, k, e = z.batch, z.hidden, z.hyper, z.embedding
-    w_ih, w_hh, _, u_ih, u_hh, _, u_gain, _, v, v_bias, scale, gain, _ = weights
-    s, c, xs, hs, zs, gates, tanhs, u_norm, u_rstd, u_gates = outputs[:10]
-    uc_norm, uc_rstd, u_tanhs, norm, rstd, c_norm, c_rstd = outputs[10:]
-    u_w = torch.cat([u_ih[:, :h], u_hh], 1)  # (4 K, H + K)
-    by_w_t, by_u_t = _Factor(w_hh.t(), z), _Factor(u_w.t(), z)
-    scales = scale.view(-1, h, e)  # (P, 4, H, E) -> (P * 4, H, E)
-    scales_t = scales.transpose(1, 2).contiguous()
-    parts = len(scales)
-    dropped = mask.numel() > 0
+    triton = takes_triton(x, z.hidden, z.hyper)
+    chunk = _Chunk(x, z, triton)
+    sums = _Sums(z, x, weights, outputs, needs_x)
+    run_steps = BackwardSteps if triton else _BackwardSteps
+    steps = run_steps(grad_s, grad_c, mask, weights, outputs[1], outputs[2:])
+    for end in range(z.steps, 0, -chunk.size):
+        start = max(end - chunk.size, 0)
+        steps.run(start, end, *chunk.tensors)
+        sums.add(start, end, chunk)
+    return [sums.d_x, *steps.initial(), *sums.of_weights()]
 
-    # The gradients of what the products gave, for _CHUNK steps at a time. Multiplied with what went
-    # into the products, they give the gradients of the weights. A chunk is large enough for these
-    # products to be efficient, and small enough to stay in the processor's cache.
-    size = min(_CHUNK, z.steps)
-    d_ds = x.new_empty(4 * z.parts, size, n, h)  # of the scales and the bias
-    d_hs, d_xs = x.new_empty(size, n, 4 * h), x.new_empty(size, n, 4 * h)
-    d_as, d_zs = x.new_empty(size, n, 4 * k), x.new_empty(size, n, v.shape[0])
-    d_us, d_ucs = x.new_empty(size, n, 4, k), x.new_empty(size, n, k)
-    d_ps, d_mcs = (x.new_empty(size if z.layer_norm else 0, *t.shape[1:]) for t in (norm, c_norm))
-    d_x = x.new_empty(x.shape if needs_x else (0,))
-    d_weights = [torch.zeros_like(w) for w in weights]
-    # These gradients are kept transposed, because their products are faster that way
-    d_w_ih, d_w_hh = w_ih.new_zeros(z.input, 4 * h), w_hh.new_zeros(h, 4 * h)
-    d_u_w, d_scales_t = u_w.new_zeros(h + k, 4 * k), torch.zeros_like(scales_t)
 
-    d_s, d_c = grad_s[z.steps], grad_c[z.steps]
-    for end in range(z.steps, 0, -size):
-        start = max(end - size, 0)
+class _Chunk:
+    """The gradients of what the products gave, for `size` steps at a time.
+
+    Multiplied with what went into the products, they give the gradients of the weights. `tensors`
+    are these:
+
+        d_as   (size, N, 4 K)         of the small cell's preactivations, without the inputs' part
+        d_hs   (size, N, 4 H)         of W_h h
+        d_xs   (size, N, 4 H)         of W_x x
+        d_ds   (P * 4, size, N, H)    of the scales and the bias
+        d_zs   (size, N, P * 4 * E)   of the embeddings z
+        d_us   (size, N, 4, K)        of the small cell's preactivations after the layer norm
+        d_ucs  (size, N, K)           of its memory, after the layer norm
+        d_ps   (size, 4, N, H)        as d_us of the main cell, if it has layer norms
+        d_mcs  (size, N, H)           as d_ucs
+
+    For Triton the first two are one, (size, N, 4 K + 4 H), so that one product gives the gradient
+    of the states.
+    """
+
+    def __init__(self, x: Tensor, z: _Sizes, triton: bool) -> None:
+        n, h, k, d, e = z.batch, z.hidden, z.hyper, 4 * z.parts, 4 * z.parts * z.embedding
+        norms = 1 if z.layer_norm else 0
+        numbers = n * (4 * h + 4 * k + 4 * h + d * h + e + 5 * k + norms * 5 * h)
+        chunk = max(_CHUNK, _CHUNK_BYTES // (numbers * x.element_size())) if triton else _CHUNK
+        size = self.size = min(chunk, z.steps)
+        self.d_ds = x.new_empty(d, size, n, h)
+        if triton:
+            products = x.new_empty(size, n, 4 * k + 4 * h)
+            self.d_as, self.d_hs = products[..., : 4 * k], products[..., 4 * k :]
+        else:
+            self.d_as, self.d_hs = x.new_empty(size, n, 4 * k), x.new_empty(size, n, 4 * h)
+        self.d_xs, self.d_zs = x.new_empty(size, n, 4 * h), x.new_empty(size, n, e)
+        self.d_us, self.d_ucs = x.new_empty(size, n, 4, k), x.new_empty(size, n, k)
+        self.d_ps = x.new_empty(norms * size, 4, n, h)
+        self.d_mcs = x.new_empty(norms * size, n, h)
+        recurrent = (products,) if triton else (self.d_as, self.d_hs)
+        others = (self.d_xs, self.d_ds, self.d_zs, self.d_us, self.d_ucs, self.d_ps, self.d_mcs)
+        self.tensors = recurrent + others
+
+
+class _BackwardSteps:
+    """Runs the steps of the backward pass, from the last to the first, in operations of torch.
+
+    Args:
+        grad_s: The gradient of s.
+        grad_c: The gradient of c.
+        mask: As in `hyper_lstm`.
+        weights: As in `WEIGHTS`.
+        c: The memories.
+        tape: What the forward pass saved.
+    """
+
+    def __init__(
+        self,
+        grad_s: Tensor,
+        grad_c: Tensor,
+        mask: Tensor,
+        weights: list[Tensor],
+        c: Tensor,
+        tape: list[Tensor],
+    ) -> None:
+        z = self._z = _Sizes(grad_s, weights)
+        z.steps -= 1  # s and c have one more
+        self._grad_s, self._grad_c, self._mask, self._c = grad_s, grad_c, mask, c
+        self._weights, self._tape = weights, tape
+        w_hh, u_ih, u_hh, scale = weights[1], weights[3], weights[4], weights[10]
+        u_w = torch.cat([u_ih[:, : z.hidden], u_hh], 1)  # (4 K, H + K)
+        self._by_w_t, self._by_u_t = _Factor(w_hh.t(), z), _Factor(u_w.t(), z)
+        self._scales = scale.view(-1, z.hidden, z.embedding)  # (P, 4, H, E) -> (P * 4, H, E)
+        self._scales_t = self._scales.transpose(1, 2).contiguous()
+        self._d_s, self._d_c = grad_s[z.steps], grad_c[z.steps]
+
+    def run(
+        self,
+        start: int,
+        end: int,
+        d_as: Tensor,
+        d_hs: Tensor,
+        d_xs: Tensor,
+        d_ds: Tensor,
+        d_zs: Tensor,
+        d_us: Tensor,
+        d_ucs: Tensor,
+        d_ps: Tensor,
+        d_mcs: Tensor,
+    ) -> None:
+        """Runs the steps from the one before `end` down to `start`; step t writes at t - start."""
+        z, mask, c = self._z, self._mask, self._c
+        n, h, k, e, parts = z.batch, z.hidden, z.hyper, z.embedding, 4 * z.parts
+        u_gain, v, gain = self._weights[6], self._weights[8], self._weights[11]
+        scales, scales_t, dropped = self._scales, self._scales_t, mask.numel() > 0
+        xs, hs, zs, gates, tanhs, u_norm, u_rstd, u_gates, uc_norm, uc_rstd, u_tanhs = self._tape[
+            :11
+        ]
+        norm, rstd, c_norm, c_rstd = self._tape[11:]
+        d_s, d_c = self._d_s, self._d_c
         for t in reversed(range(start, end)):
             at = t - start
             d_h, d_u = d_s[:, :h], d_s[:, h:]
@@ -435,32 +556,70 @@ def _hyper_lstm_backward(
             d_as[at] = d_a.view(n, 4 * k)  # (N, 4, K) -> (N, 4 K)
 
             # What the step before receives
-            d_s = by_u_t(d_as[at]).add_(grad_s[t])
-            d_s[:, :h] += by_w_t(d_hs[at])
-            d_c = grad_c[t].clone()
+            d_s = self._by_u_t(d_as[at]).add_(self._grad_s[t])
+            d_s[:, :h] += self._by_w_t(d_hs[at])
+            d_c = self._grad_c[t].clone()
             d_c[:, :h].addcmul_(d_memory, f)
             d_c[:, h:].addcmul_(d_u_memory, u_f)
+        self._d_s, self._d_c = d_s, d_c
 
+    def initial(self) -> tuple[Tensor, Tensor]:
+        """The gradients of the states before the first step, after all steps."""
+        return self._d_s, self._d_c
+
+
+class _Sums:
+    """Adds up the gradients of the weights, and collects those of the inputs."""
+
+    def __init__(
+        self, z: _Sizes, x: Tensor, weights: list[Tensor], outputs: list[Tensor], needs_x: bool
+    ) -> None:
+        h, k = z.hidden, z.hyper
+        self._z, self._x, self._weights, self._outputs = z, x, weights, outputs
+        self._needs_x = needs_x
+        self.d_x = x.new_empty(x.shape if needs_x else (0,))
+        self._d_weights = [torch.zeros_like(w) for w in weights]
+        # These gradients are kept transposed, because their products are faster that way
+        self._d_w_ih, self._d_w_hh = x.new_zeros(z.input, 4 * h), x.new_zeros(h, 4 * h)
+        self._d_u_w = x.new_zeros(h + k, 4 * k)
+        self._d_scales_t = x.new_zeros(4 * z.parts, z.embedding, h)
+
+    def add(self, start: int, end: int, chunk: _Chunk) -> None:
+        """Adds those of the steps from `start` to before `end`, which are in the chunk."""
+        z, x, d_weights = self._z, self._x, self._d_weights
+        n, h, e, parts = z.batch, z.hidden, z.embedding, 4 * z.parts
+        w_ih, u_ih, v_bias = self._weights[0], self._weights[3], self._weights[9]
+        s, zs, u_norm, uc_norm = (self._outputs[at] for at in (0, 4, 7, 10))
+        norm, c_norm = self._outputs[13], self._outputs[15]
+        d_ds, d_us, d_ucs, d_ps, d_mcs = (
+            chunk.d_ds,
+            chunk.d_us,
+            chunk.d_ucs,
+            chunk.d_ps,
+            chunk.d_mcs,
+        )
         # (chunk, N, ...) -> (chunk * N, ...)
         m = end - start
         rows = m * n
-        d_h, d_x_, d_a, d_z = (d[:m].flatten(0, 1) for d in (d_hs, d_xs, d_as, d_zs))
+        d_h, d_x_, d_a, d_z = (
+            d[:m].flatten(0, 1) for d in (chunk.d_hs, chunk.d_xs, chunk.d_as, chunk.d_zs)
+        )
         past, now = s[start:end].flatten(0, 1), s[start + 1 : end + 1].flatten(0, 1)
         inputs = x[start:end].flatten(0, 1)
-        if needs_x:
+        if self._needs_x:
             d_inputs = product(d_x_, w_ih).add_(product(d_a, u_ih[:, h:]))
             # (chunk * N, input) -> (chunk, N, input)
-            d_x[start:end] = d_inputs.view(m, n, x.shape[2])
-        d_w_ih += product(inputs.t(), d_x_)
-        d_w_hh += product(past[:, :h].t(), d_h)
-        d_u_w += product(past.t(), d_a)
+            self.d_x[start:end] = d_inputs.view(m, n, x.shape[2])
+        self._d_w_ih += product(inputs.t(), d_x_)
+        self._d_w_hh += product(past[:, :h].t(), d_h)
+        self._d_u_w += product(past.t(), d_a)
         d_weights[3][:, h:] += product(d_a.t(), inputs)
         d_weights[8] += product(d_z.t(), now[:, h:])
         d_weights[9] += d_z[:, : v_bias.shape[0]].sum(0)
         # (chunk, N, P * 4 * E) -> (P * 4, chunk * N, E)
         embeddings = zs[start:end].view(rows, parts, e).transpose(0, 1)
         d_d = d_ds[:, :m].flatten(1, 2)  # (P * 4, chunk, N, H) -> (P * 4, chunk * N, H)
-        d_scales_t.baddbmm_(embeddings.transpose(1, 2), d_d)
+        self._d_scales_t.baddbmm_(embeddings.transpose(1, 2), d_d)
         if z.bias:
             d_weights[2] += d_d[8:].sum(1).view(-1)  # (4, H) -> (4 H,)
             d_weights[5] += d_a.sum(0)
@@ -473,12 +632,17 @@ def _hyper_lstm_backward(
             d_weights[11][4] += (d_mcs[:m] * c_norm[start:end]).sum((0, 1))
             d_weights[12][:4] += d_ps[:m].sum((0, 2))
             d_weights[12][4] += d_mcs[:m].sum((0, 1))
-    d_weights[0].copy_(d_w_ih.t())
-    d_weights[1].copy_(d_w_hh.t())
-    d_weights[3][:, :h].copy_(d_u_w[:h].t())
-    d_weights[4].copy_(d_u_w[h:].t())
-    d_weights[10].view(-1, h, e).copy_(d_scales_t.transpose(1, 2))
-    return [d_x, d_s, d_c, *d_weights]
+
+    def of_weights(self) -> list[Tensor]:
+        """The gradients of all weights, after the last chunk."""
+        z, d_weights = self._z, self._d_weights
+        h = z.hidden
+        d_weights[0].copy_(self._d_w_ih.t())
+        d_weights[1].copy_(self._d_w_hh.t())
+        d_weights[3][:, :h].copy_(self._d_u_w[:h].t())
+        d_weights[4].copy_(self._d_u_w[h:].t())
+        d_weights[10].view(-1, h, z.embedding).copy_(self._d_scales_t.transpose(1, 2))
+        return d_weights
 
 
 @hyper_lstm.register_fake

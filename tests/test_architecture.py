@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 ORDER = [
     *("config", "writing", "source", "products", "factorized", "tiling", "families", "reading"),
     "caching",
-    *("layers", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts"),
+    *("layers", "kernels", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts"),
     *("calls", "rewrite"),
     *("drawing", "page", "reporting", "timm_models", "files", "folders", "graph", "onnx"),
     *("training", "distributed", "teacher", "solver", "fitting", "cli"),
