@@ -47,6 +47,7 @@ class Layer(Protocol):
         apart: Whether all its parameters have to lie in one piece of memory of their own.
         beside: Names of the parameters that lie there behind the generated ones.
         grids: How each generated parameter is cut.
+        may_multiply: Whether it may compute with factors, so that its weight is not needed.
         lowered: Whether its forward uses the weight only in what autocast computes in its dtype.
     """
 
@@ -66,7 +67,8 @@ class Layer(Protocol):
 
     def constants(self, name: str) -> Tensor: ...
 
-    def has_weight(self) -> bool: ...
+    @property
+    def may_multiply(self) -> bool: ...
 
 
 class _Mode(NamedTuple):
@@ -279,9 +281,8 @@ def _chunks(layers: Iterable[Layer]) -> list[list[_Member]]:
     sizes: dict[tuple[Any, ...], int] = {}
     done = []
     for layer in layers:
-        if not layer.has_weight():
-            continue
-        key = (id(layer.hypernet), layer.lowered, layer if layer.apart else None)
+        alone = layer.apart or layer.may_multiply
+        key = (id(layer.hypernet), layer.lowered, layer if alone else None)
         for name in layer.generated:
             size = math.prod(layer.grids[name].shape)
             if key in filling and sizes[key] + size > TOGETHER:
@@ -324,9 +325,13 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor has been changed in place."""
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors have none
+def version_of(tensor: Tensor) -> tuple[int, int, torch.dtype]:
+    """What changes when a tensor is changed in place or has its data exchanged.
+
+    Changes of the values of `tensor.data` cannot be seen by anyone.
+    """
+    version = -1 if tensor.is_inference() else tensor._version  # inference tensors have none
+    return version, tensor.data_ptr(), tensor.dtype
 
 
 def _is_running(call: FrameType) -> bool:

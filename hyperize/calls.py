@@ -83,7 +83,7 @@ def uninstall(model: nn.Module) -> None:
 def _open_call(model: nn.Module, args: tuple[Any, ...]) -> None:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return
-    hypernet = vars(model).get(HYPERNET)
+    hypernet = getattr(model, HYPERNET, None)  # a reference, or a generated layer's own
     if isinstance(hypernet, HyperNet) and _is_automatic(hypernet):
         layers = [m for m in model.modules() if isinstance(m, Generated)]
         Cache(layers, model, sys._getframe(1)).open()

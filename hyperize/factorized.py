@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,45 @@ __all__: list[str] = []
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+LARGE = 2**22
+"""On an accelerator, weights with fewer elements than this are made: they take fewer launches."""
+HUGE = 2**24
+"""A compiler, which does not know the input's size, takes factors from this number of elements on."""
+
+
+class Factoring(NamedTuple):
+    """What decides between a layer's weight and the factors of it.
+
+    Attributes:
+        weights: Elements of the weight.
+        between: Numbers between the products with the factors, for each position of the output.
+    """
+
+    weights: int
+    between: int
+
+    def is_possible(self, device: torch.device) -> bool:
+        """Whether factors pay for some inputs on a device."""
+        return device.type == "cpu" or self.weights >= LARGE
+
+    def pays(self, layer: nn.Module, x: Tensor) -> bool:
+        """Whether factors pay for an input, as against a weight that is made with others.
+
+        On a CPU they do, as they take fewer multiply-adds. On an accelerator memory and launches
+        count: the numbers between the products have to be fewer than half of the weight's.
+        """
+        if x.device.type == "cpu":
+            return True
+        if torch.compiler.is_compiling():
+            return self.weights >= HUGE
+        if isinstance(layer, nn.Linear):
+            positions = x.numel() // layer.in_features
+        else:
+            assert isinstance(layer, _CONVOLUTIONS)
+            positions = x.numel() // (layer.in_channels * math.prod(layer.stride))
+        return self.weights >= LARGE and 2 * positions * self.between <= self.weights
 
 
 def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int) -> Tensor:

@@ -245,7 +245,7 @@ class OneLayer(Family):
         """One product for each head, of all embeddings, with scales and offsets as columns."""
         weights: dict[int, Tensor] = {}
         for members, stack, left, right in self.stacks(net, sites):
-            weights.update(zip(members, stack.join(_product(left, right, dtype)), strict=True))
+            weights.update(zip(members, stack.divide(_product(left, right, dtype)), strict=True))
         return [weights[at] for at in range(len(sites))]
 
     def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
@@ -441,6 +441,29 @@ class Channels(Family):
         # (columns, 1, Nz) * (k, Nz) -> (columns * k, Nz)
         kernels = (columns[:, None] * weight).flatten(0, 1)
         return rows * scale, kernels, (bias * scale + offset).repeat(len(columns))
+
+    def together(self, net: Net, sites: Sequence[Site], dtype: torch.dtype) -> list[Tensor]:
+        """One product for each weight, of factors that are made together for each head."""
+        weights: dict[int, Tensor] = {}
+        for kernel in dict.fromkeys(grid.kernel for *_, grid in sites):
+            members = [at for at, (*_, grid) in enumerate(sites) if grid.kernel == kernel]
+            z, constants, grids = zip(*(sites[at] for at in members), strict=True)
+            stack = Stack(grids)
+            sides = stack.collect(z).split([n for grid in grids for n in (grid.rows, grid.width)])
+            rows, columns = torch.cat(sides[::2]), torch.cat(sides[1::2])
+            ends = torch.cat([c.expand(g.rows, 2) for c, g in zip(constants, grids, strict=True)])
+            weight, bias = net.head(kernel)
+            # The sum over [s u, s, o] * [v, 1, 1] * [W, B, 1] is s (W (u * v) + B) + o
+            left = torch.cat([rows * ends[:, :1], ends], 1)
+            columns = torch.cat([columns, columns.new_ones(len(columns), 2)], 1)
+            kernels = torch.cat([weight, bias[:, None], bias.new_ones(len(bias), 1)], 1)
+            # (columns, 1, d + 2) * (k, d + 2) -> (columns * k, d + 2)
+            right = (columns[:, None] * kernels).flatten(0, 1)
+            lefts = left.split([grid.rows for grid in grids])
+            rights = right.split([grid.width * grid.elements for grid in grids])
+            for number, (at, a, b) in enumerate(zip(members, lefts, rights, strict=True)):
+                weights[at] = stack.mark(number, grids[number].join(_product(a, b, dtype)))
+        return [weights[at] for at in range(len(sites))]
 
     def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
         total = []

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperize.caching import Cache, find, pays
 from hyperize.config import ConfigError, ModelError, WeightError
-from hyperize.factorized import multiply
+from hyperize.factorized import Factoring, multiply
 from hyperize.reading import guarded
 from hyperize.tiling import Grid
 
@@ -83,8 +83,8 @@ class Generated(nn.Module):
     """How each generated parameter is cut into tiles."""
     sites: dict[str, Any]
     """The `PlannedSite` that each was made for, with the paths of that time."""
-    factorable: bool
-    """Whether the factors of the weight take fewer multiply-adds than the weight."""
+    factoring: Factoring | None
+    """If the factors of the weight can be used in its place, what decides whether they are."""
     lowered: bool
     """Whether the forward uses its weight only in what autocast computes in its dtype."""
     apart = False
@@ -120,8 +120,10 @@ class Generated(nn.Module):
         if not torch.compiler.is_compiling() and _is_distributed():
             self._check_engine()
         hypernet = self.hypernet
-        if self.factorable and hypernet.factorized:
-            return self._multiply(*args, **kwargs)
+        if self.factoring and hypernet.factorized:
+            x = next(iter((*args, *kwargs.values())), None)
+            if isinstance(x, Tensor) and self.factoring.pays(self, x):
+                return self._multiply(*args, **kwargs)
         if not (hypernet.recompute and torch.is_grad_enabled()):
             return self._forward(*args, **kwargs)
         draws = not isinstance(self, _WITHOUT_RANDOMNESS)
@@ -188,16 +190,18 @@ class Generated(nn.Module):
         assert found is not None
         return found
 
-    def has_weight(self) -> bool:
-        """Whether the layer computes with weights, and not with their factors."""
-        return not (self.factorable and self.hypernet.factorized)
-
     def embedding(self, name: str) -> nn.Parameter:
         """The embeddings of one generated parameter, (tiles, Nz)."""
         # The replicas of nn.DataParallel have tensors as attributes, in the place of parameters
         found = self._parameters[name] if name in self._parameters else self.__dict__[name]
         assert found is not None
         return found
+
+    @property
+    def may_multiply(self) -> bool:
+        """Whether the layer may compute with factors, so that its weight is not needed."""
+        possible = self.factoring and self.factoring.is_possible(self.embedding("weight").device)
+        return bool(possible and self.hypernet.factorized)
 
     def dense_forward(self, weights: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The dense class's forward with given weights; state that it sets on itself is dropped."""
@@ -482,7 +486,7 @@ def generate_params(
     constants: dict[str, Tensor],
     sites: dict[str, Any],
     hypernet: nn.Module,
-    factorable: bool,
+    factoring: Factoring | None,
 ) -> None:
     """Turns `module` into its generated twin, in place.
 
@@ -492,7 +496,7 @@ def generate_params(
         constants: Scale and offset of each, (2,).
         sites: The `PlannedSite` of each.
         hypernet: The shared generator.
-        factorable: As `Generated.factorable`.
+        factoring: As `Generated.factoring`.
     """
     twin = generated_class(type(module), tuple(embeddings))
     module._parameters.update(embeddings)  # in their places
@@ -500,7 +504,7 @@ def generate_params(
         module.register_buffer(name + CONSTANTS, tensor)
     module.add_module(HYPERNET, hypernet)
     grids = {name: site.grid for name, site in sites.items()}
-    module.__dict__.update(grids=grids, sites=sites, factorable=factorable)
+    module.__dict__.update(grids=grids, sites=sites, factoring=factoring)
     module.__class__ = twin
     assert isinstance(module, Generated)
     module._after_generating()
@@ -518,7 +522,7 @@ def densify_params(module: Generated, weights: dict[str, nn.Parameter]) -> None:
     del module._modules[HYPERNET]
     for name in weights:
         del module._buffers[name + CONSTANTS]
-    for name in ("grids", "sites", "factorable"):
+    for name in ("grids", "sites", "factoring"):
         del module.__dict__[name]
     module.__class__ = module.dense_class  # type: ignore[assignment]
     restore()

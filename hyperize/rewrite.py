@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hyperize.calls import as_in_a_call, install, uninstall
 from hyperize.config import ConfigError, HyperConfig, ModelError
 from hyperize.dynamic import HyperLSTM, HyperRNN, dynamic_twin
+from hyperize.factorized import Factoring
 from hyperize.hypernet import HyperNet, moments
 from hyperize.layers import (
     HYPERNET,
@@ -112,8 +113,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             {param: constants[at] for param, at in sites.items()},
             {param: plan.sites[at] for param, at in sites.items()},
             hypernet,
-            is_plain(model.get_submodule(path))
-            and any(plan.factorized_macs(plan.sites[at]) is not None for at in sites.values()),
+            _factoring(model.get_submodule(path), plan, sites.values()),
         )
     for site, twin in zip(plan.dynamic, twins, strict=True):
         twin.train(model.get_submodule(site.path).training)
@@ -124,7 +124,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             model.get_submodule(parent)._modules[name] = twin
     if HYPERNET not in (host := model.get_submodule(root))._modules:
         vars(host).setdefault(HYPERNET, hypernet)  # a reference; the layers own it
-        install(host)
+    install(host)
     return model
 
 
@@ -236,7 +236,9 @@ def _dense_weights(hyper: nn.Module, selected: Iterable[str]) -> _Weights:
 def _densify(hyper: nn.Module, weights: _Weights) -> None:
     """Makes some generated layers dense, and forgets hypernetworks without any."""
     for path, params in weights.items():
-        densify_params(cast(Generated, hyper.get_submodule(path)), params)
+        layer = cast(Generated, hyper.get_submodule(path))
+        uninstall(layer)
+        densify_params(layer, params)
     left = {layer.hypernet for layer in generated_layers(hyper).values()}
     for module in hyper.modules():
         referred = vars(module).get(HYPERNET)
@@ -278,6 +280,16 @@ def _by_layer(plan: Plan) -> dict[str, dict[str, int]]:
     for at, planned in enumerate(plan.sites):
         layers.setdefault(planned.site.path, {})[planned.site.param] = at
     return layers
+
+
+def _factoring(layer: nn.Module, plan: Plan, sites: Iterable[int]) -> Factoring | None:
+    """What decides whether a layer computes with factors; None if it cannot."""
+    for at in sites if is_plain(layer) else ():
+        planned = plan.sites[at]
+        counts = plan.family.factorized_macs(planned.grid, plan.fan_in + 1)
+        if plan.factorized_macs(planned) is not None and counts is not None:
+            return Factoring(planned.site.dense_params, counts[1])
+    return None
 
 
 def _dynamic_twins(model: nn.Module, plan: Plan, inplace: bool) -> list[HyperLSTM | HyperRNN]:

@@ -185,34 +185,38 @@ def first(x: Tensor, length: int) -> Tensor:
 
 
 class Stack:
-    """Weights that are one product: their embeddings in one matrix, and the product's rows apart.
+    """Weights that are made together: their embeddings in one matrix, and the weights apart again.
 
     A weight that the loss does not reach leaves its embeddings without a gradient, as it would if
-    it were a product by itself. An optimizer then leaves them alone.
+    it were made by itself. An optimizer then leaves them alone.
 
     Args:
-        grids: Of the weights; all of one width, or of one row that is not longer than the others'.
+        grids: Of the weights.
     """
 
     def __init__(self, grids: Sequence[Grid]) -> None:
         self.grids = grids
-        self._reached: list[bool] = [True] * len(grids)
+        self.reached = [False] * len(grids)  # by the backward pass that is running
 
     def collect(self, embeddings: Sequence[Tensor]) -> Tensor:
         """The embeddings, one weight's below the other's: (sum of tiles, Nz)."""
         result: Tensor = _Collect.apply(self, *embeddings)
         return result
 
-    def join(self, rows: Tensor) -> list[Tensor]:
-        """The weights, of the rows of all, (sum of R * P, w * k)."""
-        return list(_Join.apply(self, rows))
+    def divide(self, rows: Tensor) -> list[Tensor]:
+        """The weights, of the rows of all, (sum of R * P, w * k).
 
-    def _divide(self, rows: Tensor) -> list[Tensor]:
-        parts = rows.split([grid.rows * grid.parts for grid in self.grids])
-        return [grid.join(part) for grid, part in zip(self.grids, parts, strict=True)]
+        All grids have one width, or a single row that is not longer than the others'.
+        """
+        return list(_Divide.apply(self, rows))
+
+    def mark(self, at: int, weight: Tensor) -> Tensor:
+        """A weight that was not made by `divide`."""
+        result: Tensor = _Mark.apply(self, at, weight)
+        return result
 
     def _unite(self, gradients: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
-        """The gradient of the rows, zero where weights have none and where rows have padding."""
+        """The gradient of the rows; zero where weights have none, and where rows have padding."""
         pieces: list[Tensor | None] = []
         gaps: list[int] = []  # behind each piece
         for grid, gradient in zip(self.grids, gradients, strict=True):
@@ -236,20 +240,34 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        parts = zip(gradient.split(ctx.sizes), ctx.stack._reached, strict=True)
-        return None, *(part if reached else None for part, reached in parts)
+        reached = ctx.stack.reached
+        ctx.stack.reached = [False] * len(reached)
+        parts = zip(gradient.split(ctx.sizes), reached, strict=True)
+        return None, *(part if was else None for part, was in parts)
 
 
-class _Join(torch.autograd.Function):
+class _Divide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, stack: Stack, rows: Tensor) -> tuple[Tensor, ...]:
         ctx.stack, ctx.shape = stack, rows.shape
         ctx.set_materialize_grads(False)
-        return tuple(stack._divide(rows))
+        parts = rows.split([grid.rows * grid.parts for grid in stack.grids])
+        return tuple(grid.join(part) for grid, part in zip(stack.grids, parts, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor | None]:
-        ctx.stack._reached = [gradient is not None for gradient in gradients]
-        if not any(ctx.stack._reached):
-            return None, None
-        return None, ctx.stack._unite(gradients, ctx.shape)
+        ctx.stack.reached = [gradient is not None for gradient in gradients]
+        united = ctx.stack._unite(gradients, ctx.shape) if any(ctx.stack.reached) else None
+        return None, united
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, stack: Stack, at: int, weight: Tensor) -> Tensor:
+        ctx.stack, ctx.at = stack, at
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
+        ctx.stack.reached[ctx.at] = True
+        return None, None, gradient

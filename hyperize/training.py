@@ -108,7 +108,7 @@ class _Record:
 
     hypernet: HyperNet
     site: tuple[Tensor, Tensor, Grid]
-    versions: list[tuple[Tensor, int]] | None
+    versions: list[tuple[Tensor, Any]] | None
     output: Any
     graph: bool
 

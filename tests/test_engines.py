@@ -21,7 +21,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from models import CRNN, Stage, Tied, randomise, same
+from models import CRNN, Stage, Tied, accelerate, randomise, same
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
@@ -77,7 +77,7 @@ def factorized():
     """Factors wherever tiles line up, though the layers of small models are faster without."""
     with patch.object(plan, "BALANCE", -(10**9)):
         model = image_model(factorized=True)
-    assert any(isinstance(m, Generated) and m.factorable for m in model.modules())
+    assert any(isinstance(m, Generated) and m.factoring for m in model.modules())
     return model
 
 
@@ -216,8 +216,14 @@ def ddp(rank):
     return found
 
 
-def test_ddp_gives_the_gradients_of_one_process(tmp_path):
-    first, second = in_processes(ddp, tmp_path / "ddp")
+def ddp_accelerated(rank):
+    accelerate()
+    return ddp(rank)
+
+
+@pytest.mark.parametrize("function", [ddp, ddp_accelerated])
+def test_ddp_gives_the_gradients_of_one_process(function, tmp_path):
+    first, second = in_processes(function, tmp_path / "ddp")
     for name, found in first.items():
         assert same(found, second[name]), name  # bit for bit, as all reduce alike
     for name, (make, _) in DDP.items():
@@ -306,8 +312,14 @@ def fsdp(rank):
     return found
 
 
-def test_fsdp2_gives_the_gradients_of_one_process(tmp_path):
-    first, second = in_processes(fsdp, tmp_path / "fsdp")
+def fsdp_accelerated(rank):
+    accelerate()
+    return fsdp(rank)
+
+
+@pytest.mark.parametrize("function", [fsdp, fsdp_accelerated])
+def test_fsdp2_gives_the_gradients_of_one_process(function, tmp_path):
+    first, second = in_processes(function, tmp_path / "fsdp")
     assert same([*first.values()][:1], [*second.values()][:1])
     for name, (make, _) in FSDP.items():
         model = make()

@@ -200,13 +200,13 @@ def hypernet_of(model):
 
 def factorable(model):
     """The planned sites of the layers that use factors."""
-    return [m.sites["weight"] for m in generated_layers(model).values() if m.factorable]
+    return [m.sites["weight"] for m in generated_layers(model).values() if m.factoring]
 
 
 def embeddings_of(model, factorable):
     """The embeddings, by identity, of all layers that use factors, or of all that do not."""
     layers = generated_layers(model).values()
-    return {id(m.embedding(n)) for m in layers if m.factorable is factorable for n in m.generated}
+    return {id(m.embedding(n)) for m in layers if bool(m.factoring) is factorable for n in m.generated}
 
 
 def pair(name, dtype=torch.double, **options):
