@@ -3,6 +3,7 @@
     python -m benchmarks                              # everything, 15 minutes on two cores
     python -m benchmarks --quick                      # small sizes, to see that it runs
     python -m benchmarks generation training          # some of the subjects
+    python -m benchmarks --device cuda                # on a GPU, in less than 5 minutes
 
 Writes `benchmarks.json`, with all samples and versions, `benchmarks.md`, a table, and
 `benchmarks.png`. A subject that is in the JSON already, with the same settings, is not measured
@@ -18,17 +19,19 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import hyperize
-from benchmarks import generation, making, memory, output, peers, running
+from benchmarks import cuda, device, generation, making, memory, output, peers, running
 from benchmarks.timing import Row
 
-SUBJECTS: dict[str, Callable[[bool], Iterator[Row]]] = {
+Subjects = Mapping[str, Callable[[bool], Iterator[Row]]]
+SUBJECTS: Subjects = {
     "generation": generation.rows,
     "rewriting": making.rewriting,
     "planning": making.planning,
@@ -38,7 +41,10 @@ SUBJECTS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "memory": memory.rows,
     "peers": peers.rows,
 }
-"""What can be measured, in the order of the table; each gives its rows, small with `--quick`."""
+"""What can be measured, in the order of the table; each gives its rows, small with `--quick`.
+
+Those of a GPU are in `benchmarks.cuda`.
+"""
 PACKAGES = (
     "torch",
     "timm",
@@ -52,36 +58,64 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks", description=__doc__.splitlines()[0]
     )
     parser.add_argument(
-        "subjects", nargs="*", metavar="subject", help=f"of {', '.join(SUBJECTS)}; all of them"
+        "subjects",
+        nargs="*",
+        metavar="subject",
+        help=f"of {', '.join(SUBJECTS)}; with --device cuda of {', '.join(cuda.SUBJECTS)}; all",
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"), help="%(default)s")
+    parser.add_argument(
+        "--out", type=Path, help="runs/benchmarks, with --device cuda runs/benchmarks-cuda"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and inputs, %(default)s")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=cuda.SECONDS,
+        help="on a GPU: begin nothing that would end later than this, %(default)s",
+    )
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.subjects if name not in SUBJECTS]:
-        parser.error(f"no subject {unknown[0]!r}; there are {', '.join(SUBJECTS)}")
+    card = device.find() if args.device == "cuda" else None
+    if args.device == "cuda" and card is None:
+        raise SystemExit("python -m benchmarks: error: --device cuda: torch sees no CUDA device")
+    subjects = SUBJECTS if card is None else cuda.subjects(card, args.seconds)
+    if unknown := [name for name in args.subjects if name not in subjects]:
+        parser.error(f"no subject {unknown[0]!r}; there are {', '.join(subjects)}")
+    folder = args.out or Path("runs/benchmarks" if card is None else "runs/benchmarks-cuda")
+    with nullcontext() if card is None else card.settings():
+        run(subjects, args, folder, card)
 
+
+def run(
+    subjects: Subjects, args: argparse.Namespace, folder: Path, card: device.Cuda | None
+) -> None:
+    """Measures what is wanted and not there yet."""
     settings = settings_of(args)
-    done = output.read(args.out, settings)
-    for name in SUBJECTS:
+    if card is not None:
+        settings["device"] = device.facts(card, cuda.PRECISION)
+    done = output.read(folder, settings)
+    for name in subjects:
         if args.subjects and name not in args.subjects:
             continue
-        if name in done:
+        if name in done and not cuda.is_short(done[name]["rows"]):
             print(f"{name}: kept, of {done[name]['date']}")
             continue
-        done[name] = measure(name, args)
-        output.write(args.out, settings, {name: done[name] for name in SUBJECTS if name in done})
-    print(f"\n{(args.out / output.TABLE).read_text()}")
-    print(f"written: {', '.join(str(p) for p in sorted(args.out.glob('benchmarks.*')))}")
+        done[name] = measure(name, subjects[name], args)
+        output.write(folder, settings, {name: done[name] for name in subjects if name in done})
+    print(f"\n{(folder / output.TABLE).read_text()}")
+    print(f"written: {', '.join(str(p) for p in sorted(folder.glob('benchmarks.*')))}")
 
 
-def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    name: str, subject: Callable[[bool], Iterator[Row]], args: argparse.Namespace
+) -> dict[str, Any]:
     """Measures one subject; what it gives is what the JSON keeps of it."""
     torch.manual_seed(args.seed)
     torch.compiler.reset()
     start = time.perf_counter()
     rows = []
-    for row in SUBJECTS[name](args.quick):
+    for row in subject(args.quick):
         ratio = f"{row.quartiles[1]:.3f}" if row.subject else row.note
         print(f"{row.name}: {ratio}", flush=True)
         rows.append(row)

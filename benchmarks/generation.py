@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import FULL, QUICK, Effort, Row, alternate, per_item
-from hyperize import HyperConfig, hyperize
+from hyperize import HyperConfig, cached, hyperize
 from hyperize.layers import Generated
 from hyperize.parts import find_groups, generated_layers
 
@@ -54,7 +54,7 @@ def generators(hyper: nn.Module) -> tuple[Work, Work]:
     hypernet = find_groups(hyper)[0].hypernet
     parameters = [layer.embedding(name) for layer, name in layers]
     parameters += hypernet.parameters()
-    gradients = [torch.randn(layer.grids[name].shape) for layer, name in layers]
+    gradients = _gradients(layers)
 
     @torch.no_grad()
     def forward() -> None:
@@ -68,11 +68,54 @@ def generators(hyper: nn.Module) -> tuple[Work, Work]:
     return forward, both
 
 
-def products(hyper: nn.Module) -> tuple[Work, Work]:
+def together(hyper: nn.Module) -> tuple[Work, Work, Work]:
+    """Generate all weights in a block of `cached`, entered anew each time.
+
+    Returns:
+        Reading each as an attribute, without gradients; what its layer does to read it, likewise;
+        and the latter with the backward pass.
+    """
+    layers = [(m, name) for m in generated_layers(hyper).values() for name in m.generated]
+    parameters, gradients = list(hyper.parameters()), _gradients(layers)
+
+    @torch.no_grad()
+    def read() -> None:
+        with cached(hyper):
+            for layer, name in layers:
+                getattr(layer, name)
+
+    @torch.no_grad()
+    def forward() -> None:
+        with cached(hyper):
+            for layer, name in layers:
+                layer.generate(name)
+
+    def both() -> None:
+        with cached(hyper):
+            weights = [layer.generate(name) for layer, name in layers]
+        # The model's own parameters, as norms and biases, have no part in this
+        torch.autograd.grad(weights, parameters, gradients, allow_unused=True)
+
+    return read, forward, both
+
+
+def _gradients(layers: list[tuple[Generated, str]]) -> list[Tensor]:
+    """Noise in the place of the gradients of generated weights."""
+    return [
+        torch.randn(layer.grids[name].shape, device=layer.embedding(name).device)
+        for layer, name in layers
+    ]
+
+
+def products(hyper: nn.Module, joined: bool = False) -> tuple[Work, Work]:
     """The matrix products of the same sizes: forward, and forward and backward.
 
     A product's backward pass is two products. What comes besides (scales, offsets, biases, sums
     over the sites) is the generator's, and not here.
+
+    Args:
+        hyper: The hyperized model.
+        joined: One product for all weights of a head, in the place of one for each weight.
     """
     operands = [
         pair
@@ -80,7 +123,14 @@ def products(hyper: nn.Module) -> tuple[Work, Work]:
         for name in layer.generated
         for pair in _operands(layer, name)
     ]
-    gradients = [torch.randn(len(left), right.shape[1]) for left, right in operands]
+    if joined:
+        sharing: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for pair in operands:
+            sharing.setdefault(pair[1].shape, []).append(pair)
+        operands = [
+            (torch.cat([left for left, _ in pairs]), pairs[0][1]) for pairs in sharing.values()
+        ]
+    gradients = [left.new_empty(len(left), right.shape[1]).normal_() for left, right in operands]
 
     @torch.no_grad()
     def forward() -> None:

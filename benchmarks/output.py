@@ -67,8 +67,9 @@ def markdown(settings: Mapping[str, Any], subjects: Mapping[str, Any]) -> str:
     """The table, with what it was measured on above."""
     versions = ", ".join(f"{k} {v or 'not installed'}" for k, v in settings["versions"].items())
     days = sorted({entry["date"][:10] for entry in subjects.values()})
+    card = "".join(f"{k} {v}, " if k else f"{v}, " for k, v in settings.get("device", {}).items())
     lines = [
-        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, {settings['cpu']}, "
+        f"{' to '.join(dict.fromkeys((days[0], days[-1])))}, {card}{settings['cpu']}, "
         f"{settings['threads']} threads of {settings['cores']} cores, seed {settings['seed']}; "
         f"{versions}.",
         "",

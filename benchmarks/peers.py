@@ -18,9 +18,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from benchmarks.generation import generators
+from benchmarks.generation import generators, together
 from benchmarks.running import CLASSES, FORMS, training_step
-from benchmarks.timing import FULL, QUICK, Effort, Row, alternate
+from benchmarks.timing import FULL, QUICK, Row, alternate
 from hyperize import Plan, hyperize, make_plan
 
 
@@ -43,8 +43,21 @@ class Made:
     network: nn.Module | None
 
 
-def rows(quick: bool) -> Iterator[Row]:
-    effort = QUICK if quick else FULL
+Make = Callable[[nn.Module, Plan], Made]
+Compare = Callable[..., Row]
+
+
+def rows(quick: bool, device: str = "cpu", compare: Compare | None = None) -> Iterator[Row]:
+    """What is asked of every peer.
+
+    Args:
+        quick: Small sizes.
+        device: Of all models.
+        compare: Makes a row of its name, hyperize's work, the peer's, and a note; by default
+            both are timed in turn on the CPU.
+    """
+    if compare is None:
+        compare = partial(alternate, effort=QUICK if quick else FULL)
     model, batch = ("resnet10t", 2) if quick else ("resnet18", 32)
     for title, (package, make) in PEERS.items():
         try:
@@ -56,54 +69,70 @@ def rows(quick: bool) -> Iterator[Row]:
             name = f"{what} {model}, hyperize / {title}"
             torch.manual_seed(0)
             try:
-                yield work(name, timm.create_model(model), make, effort, batch)
+                dense = timm.create_model(model).to(device)
+                yield work(name, dense, _on(device, make), compare, batch)
             except Cannot as error:
                 yield Row(name, note=f"cannot: {error}")
             except Exception as error:  # somebody else's code, and any torch
                 yield Row(name, note=f"does not run: {type(error).__name__}: {error}"[:200])
 
 
-Make = Callable[[nn.Module, Plan], Made]
+def _on(device: str, make: Make) -> Make:
+    """As a peer makes its model, with all of it on a device."""
+    if device == "cpu":
+        return make
+
+    def elsewhere(dense: nn.Module, plan: Plan) -> Made:
+        with torch.device(device):
+            made = make(dense, plan)
+        for parameter in made.parameters:  # not all of them are made where torch says
+            parameter.data = parameter.data.to(device)
+        if made.network is not None:
+            made.network.to(device)
+        return made
+
+    return elsewhere
 
 
-def _making(name: str, dense: nn.Module, make: Make, effort: Effort, batch: int) -> Row:
+def _making(name: str, dense: nn.Module, make: Make, compare: Compare, batch: int) -> Row:
     plan = make_plan(dense)
     made = make(copy.deepcopy(dense), plan)
     note = f"{plan.hyper_params:,} / {sum(p.numel() for p in made.parameters):,} parameters"
-    return alternate(
+    return compare(
         name,
         lambda: hyperize(dense, seed=0),
         lambda: make(copy.deepcopy(dense), plan),  # hyperize() copies the model, too
-        effort,
         note=note,
     )
 
 
-def _generating(name: str, dense: nn.Module, make: Make, effort: Effort, batch: int) -> Row:
+def _generating(name: str, dense: nn.Module, make: Make, compare: Compare, batch: int) -> Row:
     made = make(copy.deepcopy(dense), make_plan(dense))
     gradients = [torch.randn_like(weight) for weight in made.generate()]
 
     def generate() -> None:
         torch.autograd.grad(made.generate(), made.parameters, gradients, allow_unused=True)
 
-    return alternate(
-        name, generators(hyperize(dense, seed=0))[1], generate, effort, note="forward and backward"
-    )
+    on_cpu = next(dense.parameters()).device.type == "cpu"
+    ours = (generators if on_cpu else together)(hyperize(dense, seed=0))[-1]
+    return compare(name, ours, generate, note="forward and backward")
 
 
 def _training(
-    name: str, dense: nn.Module, make: Make, effort: Effort, batch: int, form: str = ""
+    name: str, dense: nn.Module, make: Make, compare: Compare, batch: int, form: str = ""
 ) -> Row:
     made = make(copy.deepcopy(dense), make_plan(dense))
     if made.network is None:
         raise Cannot("it has no way to put generated weights into a model that is not its own")
+    device = next(dense.parameters()).device
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(CLASSES, (batch,))
+    images, labels = images.to(device), labels.to(device)
     networks = (hyperize(dense, seed=0, **FORMS[form]).train(), made.network.train())
     ours, theirs = (training_step(network, images, labels) for network in networks)
-    return alternate(name, ours, theirs, effort, note=f"32 px, batch {batch}")
+    return compare(name, ours, theirs, note=f"32 px, batch {batch}")
 
 
-WORKS: dict[str, Callable[[str, nn.Module, Make, Effort, int], Row]] = {
+WORKS: dict[str, Callable[[str, nn.Module, Make, Compare, int], Row]] = {
     "making": _making,
     "generating the weights of": _generating,
     "training step of": _training,

@@ -52,6 +52,7 @@ class Case:
         forms: What is compared with the dense model, each in a row of its own.
         compiled: Whether both models are compiled.
         linear: Whether linear layers are targets, too.
+        mode: Of `torch.compile`.
     """
 
     model: str
@@ -61,10 +62,12 @@ class Case:
     forms: tuple[str, ...] = BOTH
     compiled: bool = False
     linear: bool = False
+    mode: str = "default"
 
     def __str__(self) -> str:
         size = f"T {self.size}" if self.model == "BiLSTM" else f"{self.size} px"
         how = ", compiled" if self.compiled else ""
+        how += "" if self.mode == "default" else f' with mode="{self.mode}"'
         return f"{self.model}, {size}, batch {self.batch}{how}"
 
     def hyperize(self, dense: nn.Module, form: str) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,18 +101,37 @@ def alternate(
         The row, in seconds.
     """
     subject(), yardstick()
-    pairs = []
+    subjects, yardsticks = in_turn(name, (subject, yardstick), effort, seconds)
+    return Row(name, subjects, yardsticks, **fields)
+
+
+def in_turn(
+    name: str,
+    functions: Sequence[Callable[[], object]],
+    effort: Effort,
+    clock: Callable[[Callable[[], object]], float],
+) -> list[tuple[float, ...]]:
+    """Times functions in turn, without a warm-up.
+
+    Args:
+        name: Of what is timed, shown meanwhile.
+        functions: Each does its work once.
+        effort: How often.
+        clock: Calls a function, and gives the seconds that it took.
+
+    Returns:
+        The times of each function; those at the same place were measured one after the other.
+    """
+    rounds = []
     console, end = Console(stderr=True), time.perf_counter() + effort.seconds
     for at in track(range(effort.most), name, console=console, disable=not console.is_terminal):
         if at >= effort.least and time.perf_counter() > end:
             break
-        if at % 2:  # each is the first of every other pair, as what comes first may be at an edge
-            theirs, ours = seconds(yardstick), seconds(subject)
-        else:
-            ours, theirs = seconds(subject), seconds(yardstick)
-        pairs.append((ours, theirs))
-    subjects, yardsticks = zip(*pairs, strict=True)
-    return Row(name, subjects, yardsticks, **fields)
+        # Each is the first of every other round, as what comes first may be at an edge
+        order = range(len(functions))[:: -1 if at % 2 else 1]
+        times = {number: clock(functions[number]) for number in order}
+        rounds.append([times[number] for number in range(len(functions))])
+    return list(zip(*rounds, strict=True))
 
 
 def seconds(function: Callable[[], object]) -> float:

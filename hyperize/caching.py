@@ -15,6 +15,7 @@ import math
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
@@ -170,7 +171,9 @@ class Cache:
             members = [other for other in chunk if _alike(other, z)]
             if member not in members or forward_ad._current_level >= 0:
                 return None
-            made = self._made[id(chunk), mode] = _Made(members, mode)
+            # Ordinary tensors in any mode, as parameters are
+            with torch.inference_mode(False), torch.set_grad_enabled(grad):
+                made = self._made[id(chunk), mode] = _Made(members, mode)
         return made.read(layer, name, x)
 
     def _serves(self) -> bool:
@@ -209,7 +212,8 @@ class _Made:
                 (first._parameters, name, param, version_of(param), param.requires_grad)
                 for name, param in zip(first.beside, beside, strict=True)
             ]
-            weights = in_one_buffer([*weights, *beside])
+            trains = weights[0].requires_grad
+            weights = [like_a_parameter(w, trains) for w in _in_one_buffer([*weights, *beside])]
             keys += [(first, name) for name in first.beside]
         self._weights: dict[_Member, Tensor] = dict(zip(keys, weights, strict=True))
 
@@ -264,7 +268,7 @@ def pays(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors again, one behind the other in memory of their own, attached to the graph.
 
     It is where cuDNN's recurrent kernels want all weights, followed by all biases. Where they lie
@@ -273,6 +277,19 @@ def in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
     buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
     parts = buffer.split([tensor.numel() for tensor in tensors])
     return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
+    """The weight, which requires a gradient under no_grad too, as a dense parameter does.
+
+    torch.matmul chooses its kernel by this flag, and different kernels round differently. Without
+    it the outputs would not be those of the dense model bit for bit.
+    """
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if trains and not torch.is_grad_enabled() and not traced:
+        with suppress(RuntimeError):  # inside a transform of torch.func, where nothing is a leaf
+            return weight.detach().requires_grad_()  # detached, as a view's views do not say so
+    return weight
 
 
 def _chunks(layers: Iterable[Layer]) -> list[list[_Member]]:

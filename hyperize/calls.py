@@ -96,4 +96,5 @@ def _close_call(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def _is_automatic(hypernet: HyperNet) -> bool:
     # Who recomputes weights wants none of them in memory for longer than its layer runs
-    return not hypernet.recompute and pays(next(hypernet.parameters()))
+    first = next(hypernet.parameters(), None)
+    return first is not None and not hypernet.recompute and pays(first)

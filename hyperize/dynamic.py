@@ -21,8 +21,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from hyperize.config import ConfigError
+from hyperize.kernels import takes_triton
 from hyperize.products import is_transformed
-from hyperize.recurrence import EPS, FORGET, WEIGHTS, autocasts, hyper_lstm, plain
+from hyperize.recurrence import (
+    FORGET,
+    WEIGHTS,
+    autocasts,
+    hyper_lstm,
+    hyper_rnn,
+    plain,
+    plain_rnn,
+)
 
 __all__ = ["HyperLSTM", "HyperLSTMCell", "HyperRNN", "HyperRNNCell"]
 
@@ -432,33 +441,29 @@ class HyperRNNCell(_Cell):
         self, x: Tensor, state: tuple[Tensor, ...], lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Runs a sequence from its first step to its last; as HyperLSTMCell's, with one state."""
-        size, parts = self.hidden_size, self.scale_weight.shape[0]
-        phi = torch.tanh if self.nonlinearity == "tanh" else torch.relu
-        products = F.linear(x, self.weight_ih)  # (T, N, H)
-        hyper_products = F.linear(x, self.hyper_weight_ih[:, size:], self.hyper_bias)
-        h, u = state[0][:, :size], state[0][:, size:]
-        z_bias = F.pad(self.embedding_bias, (0, (parts - 2) * self.embedding_dim))
-        scales = self.scale_weight[:, 0].transpose(1, 2)  # (P, 1, H, E) -> (P, E, H)
-        states = []
-        for w_x, u_x in zip(products, hyper_products, strict=True):
-            u = phi(u_x + F.linear(torch.cat((h, u), 1), self._hyper_recurrent))
-            z = F.linear(u, self.embedding_weight, z_bias)
-            # (N, P * E) -> (P, N, E), then (P, N, H)
-            d = torch.bmm(z.view(len(z), parts, self.embedding_dim).transpose(0, 1), scales)
-            pre = d[0] * F.linear(h, self.weight_hh) + d[1] * w_x
-            if self.bias is not None:
-                pre = pre + d[2] + self.bias
-            if self.ln_weight is not None and self.ln_bias is not None:
-                pre = F.layer_norm(pre, (size,), self.ln_weight[0], self.ln_bias[0], EPS)
-            h = phi(pre)
-            states.append(torch.cat((h, u), 1))
-        sequence = torch.stack(states)
-        return sequence[..., :size].contiguous(), (_last(sequence, lengths),)
+        weights = [getattr(self, name) for name in WEIGHTS]
+        relu = self.nonlinearity == "relu"
+        sequence = None
+        if takes_triton(x, self.hidden_size, self.hyper_size):
+            sequence = _by_operator(x, state[0], weights, relu)
+        if sequence is None:
+            sequence = plain_rnn(x, state[0], weights, relu)
+        return sequence[..., : self.hidden_size].contiguous(), (_last(sequence, lengths),)
 
-    @property
-    def _hyper_recurrent(self) -> Tensor:
-        """(K, H + K): what multiplies (h; h^)."""
-        return torch.cat((self.hyper_weight_ih[:, : self.hidden_size], self.hyper_weight_hh), 1)
+
+def _by_operator(x: Tensor, s0: Tensor, weights: list[Tensor | None], relu: bool) -> Tensor | None:
+    """Computes `plain_rnn` by the operator; None if torch has to see every operation."""
+    tensors = [x, s0, *(x.new_empty(0) if w is None else w for w in weights)]
+    kind = x.device.type
+    if autocasts(kind):  # everything is in the lower precision, as in nn.RNN
+        tensors = [t.to(torch.get_autocast_dtype(kind)) for t in tensors]
+    x, s0, *given = tensors
+    # The lower precision may be one that this GPU lacks
+    if is_transformed(*tensors) or not takes_triton(x):
+        return None
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    s: Tensor = hyper_rnn(x, s0, given, relu, save)[0]
+    return s[1:]
 
 
 # --------------------------------------------------------------------------------- layers of cells

@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from hyperize.caching import like_a_parameter
 from hyperize.factorized import expand
 from hyperize.families import Site
 from hyperize.plan import Plan
@@ -153,7 +154,7 @@ class HyperNet(nn.Module):
         with _no_autocast(embedding.device.type):
             site = self._site(embedding, constants, grid)
             weight = grid.join(linear(*self.family.factors(self, site)))
-            return _like_a_parameter(weight.to(embedding.dtype), embedding.requires_grad)
+            return like_a_parameter(weight.to(embedding.dtype), embedding.requires_grad)
 
     def together(
         self,
@@ -174,9 +175,6 @@ class HyperNet(nn.Module):
             The weights that `forward` generates, but for the rounding of products of other sizes
             and, with a lower dtype, of their operands.
         """
-        if torch.is_inference_mode_enabled():
-            with torch.inference_mode(False), torch.no_grad():
-                return self.together(embeddings, constants, grids, dtype)
         first = embeddings[0]
         with _no_autocast(first.device.type):
             sites = [self._site(*site) for site in zip(embeddings, constants, grids, strict=True)]
@@ -185,7 +183,7 @@ class HyperNet(nn.Module):
                 weights = [weight.to(first.dtype) for weight in weights]
             else:
                 weights = self.family.together(self, sites, dtype)
-            return [_like_a_parameter(weight, first.requires_grad) for weight in weights]
+            return [like_a_parameter(weight, first.requires_grad) for weight in weights]
 
     def squares(
         self, embeddings: Sequence[Tensor], constants: Sequence[Tensor], grids: Sequence[Grid]
@@ -354,19 +352,6 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if mean.square() < 0.5 * square:  # otherwise too little would be left of the difference
         return mean, (square - mean.square()).sqrt()
     return mean, torch.linalg.vector_norm(x - mean) / math.sqrt(size)
-
-
-def _like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
-    """The weight, which requires a gradient under no_grad too, as a dense parameter does.
-
-    torch.matmul chooses its kernel by this flag, and different kernels round differently. Without
-    it the outputs would not be those of the dense model bit for bit.
-    """
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if trains and not torch.is_grad_enabled() and not traced:
-        with suppress(RuntimeError):  # inside a transform of torch.func, where nothing is a leaf
-            return weight.detach().requires_grad_()  # detached, as a view's views do not say so
-    return weight
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -1,13 +1,13 @@
-"""Triton kernels that run a time step of a HyperLSTM on a GPU, forward and backward.
+"""Triton kernels that run a time step of a HyperLSTM or HyperRNN on a GPU, forward and backward.
 
 Of a time step, only matrix products need the states of the whole batch. All else concerns one
 example at a time, so it is one kernel, of which each program computes one row of the batch. With
 the product, which multiplies the states before the step with both cells' recurrent weights at once,
 a step is two launches, in either direction. The launches take most of the time of a step.
 
-The equations are documented at `HyperLSTMCell`, the buffers in recurrence.py, whose loop over the
-steps computes the same in operations of torch. Kernels read and write the dtype of their tensors,
-and compute in float32.
+The equations are documented at `HyperLSTMCell` and `HyperRNNCell`, the buffers in recurrence.py,
+whose loops over the steps compute the same in operations of torch. Kernels read and write the dtype
+of their tensors, and compute in float32.
 
 Triton comes with torch where it can run. Without it this module can be imported, and `takes_triton`
 is False.
@@ -48,7 +48,7 @@ def takes_triton(x: Tensor, *units: int) -> bool:
 
     Args:
         x: A tensor of the call, with its device and dtype. It is not read.
-        units: Units of the main and of the small cell.
+        *units: Units of the main and of the small cell.
     """
     return (
         triton is not None
@@ -57,11 +57,21 @@ def takes_triton(x: Tensor, *units: int) -> bool:
         and torch.version.hip is None
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and x.numel() > 0
-        and max(units) <= LARGEST
+        and all(size <= LARGEST for size in units)
         # Triton compiles for no older GPU; those before 8.0 lack bfloat16
-        and torch.cuda.get_device_capability(x.device)
-        >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 0))
+        and _capability(x.device) >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 0))
     )
+
+
+def _ask_capability(device: torch.device) -> tuple[int, int]:
+    # A tensor of FakeTensorMode may be on a GPU that is not there
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
+
+
+_capability: Callable[[torch.device], tuple[int, int]] = torch.compiler.assume_constant_result(
+    _ask_capability
+)
+"""What a GPU can do; torch.compile asks once, and does not look inside."""
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
@@ -95,6 +105,17 @@ def _tanh(x):
     series = 0.13333333333 + square * (-0.05396825397 + square * 0.02186948854)
     series = x + x * square * (-0.33333333333 + square * series)
     return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -large, large))
+
+
+@_compiled
+def _activated(x, RELU: tl.constexpr):
+    return tl.where(x < 0, 0.0, x) if RELU else _tanh(x)
+
+
+@_compiled
+def _activated_backward(grad, y, RELU: tl.constexpr):
+    """The gradient of the input of `_activated`, from its result y."""
+    return tl.where(y > 0, grad, 0.0) if RELU else grad * (1.0 - y * y)
 
 
 @_compiled
@@ -167,11 +188,11 @@ def _scales(
 def _main_gate(
     Y: tl.constexpr, u_h, products, xs, hs, zs, norm, rstds,
     v, z_bias, scale, bias, gains, shifts, stride,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
     NORM: tl.constexpr, EPS: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """The main cell's preactivation of gate Y; `stride` is the number of rows between two gates."""
+    """The main cell's preactivation of gate Y of G; `stride` is the rows between two gates."""
     h = tl.arange(0, BLOCK_H)
     inside = h < H
     w_h = _read(products + Y * H + h, inside)
@@ -179,10 +200,11 @@ def _main_gate(
     if SAVE:
         tl.store(hs + Y * H + h, w_h, mask=inside)
     d_h = _scales(Y, u_h, v, z_bias, zs, scale, H, K, E, SAVE, BLOCK_H, BLOCK_K, BLOCK_E)
-    d_x = _scales(4 + Y, u_h, v, z_bias, zs, scale, H, K, E, SAVE, BLOCK_H, BLOCK_K, BLOCK_E)
+    d_x = _scales(G + Y, u_h, v, z_bias, zs, scale, H, K, E, SAVE, BLOCK_H, BLOCK_K, BLOCK_E)
     pre = d_h * w_h + d_x * w_x
     if P == 3:  # with a bias, which has a part that is the same in all steps
-        pre += _scales(8 + Y, u_h, v, z_bias, zs, scale, H, K, E, SAVE, BLOCK_H, BLOCK_K, BLOCK_E)
+        part = 2 * G + Y
+        pre += _scales(part, u_h, v, z_bias, zs, scale, H, K, E, SAVE, BLOCK_H, BLOCK_K, BLOCK_E)
         pre += _read(bias + Y * H + h, inside)
     if NORM:
         pre, rstd = _normalised(pre, inside, H, EPS)
@@ -210,8 +232,7 @@ def _forward_step(
     example = tl.program_id(0).to(tl.int64)
     row = t * stride + example  # in buffers (T, N, ...)
     after = row + stride
-    kept = row if SAVE else example  # in the tape
-    first = (t if SAVE else 0) * 4 * stride + example  # in the tape's (T, 4, N, ...): gate 0
+    first = t * 4 * stride + example  # in buffers (T, 4, N, ...): gate 0
     h, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K)
     is_h, is_k = h < H, k < K
     # The weights that are vectors, in the order of `_vectors`
@@ -223,8 +244,8 @@ def _forward_step(
     # The small LSTM
     products += example * (4 * K + 4 * H)
     u_xs += row * 4 * K
-    u_norm += kept * 4 * K
-    u_rstd += kept * 4
+    u_norm += row * 4 * K
+    u_rstd += row * 4
     a_i = _small_gate(0, products, u_xs, u_norm, u_rstd, u_gain, u_shift, K, EPS, SAVE, BLOCK_K)
     a_f = _small_gate(1, products, u_xs, u_norm, u_rstd, u_gain, u_shift, K, EPS, SAVE, BLOCK_K)
     a_g = _small_gate(2, products, u_xs, u_norm, u_rstd, u_gain, u_shift, K, EPS, SAVE, BLOCK_K)
@@ -237,38 +258,38 @@ def _forward_step(
     u_h = (o * u_tanh).to(s.dtype.element_ty)
     tl.store(s + after * (H + K) + H + k, u_h, mask=is_k)
     if SAVE:
-        u_gates += kept * 4 * K
+        u_gates += row * 4 * K
         tl.store(u_gates + k, i, mask=is_k)
         tl.store(u_gates + K + k, f, mask=is_k)
         tl.store(u_gates + 2 * K + k, g, mask=is_k)
         tl.store(u_gates + 3 * K + k, o, mask=is_k)
-        tl.store(uc_norm + kept * K + k, u_c, mask=is_k)
-        tl.store(uc_rstd + kept, u_deviation)
-        tl.store(u_tanhs + kept * K + k, u_tanh, mask=is_k)
+        tl.store(uc_norm + row * K + k, u_c, mask=is_k)
+        tl.store(uc_rstd + row, u_deviation)
+        tl.store(u_tanhs + row * K + k, u_tanh, mask=is_k)
     u_h = tl.where(is_k, u_h.to(tl.float32), 0.0)  # what the next step and the gradients read
 
     # The main LSTM
     products += 4 * K
     xs += row * 4 * H
-    hs += kept * 4 * H
-    zs += kept * (4 * P * E)
+    hs += row * 4 * H
+    zs += row * (4 * P * E)
     norm += first * H
     rstd += first
     a_i = _main_gate(
         0, u_h, products, xs, hs, zs, norm, rstd, v, z_bias, scale, bias, gain, shift, stride,
-        H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
+        4, H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
     )  # fmt: skip
     a_f = _main_gate(
         1, u_h, products, xs, hs, zs, norm, rstd, v, z_bias, scale, bias, gain, shift, stride,
-        H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
+        4, H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
     )  # fmt: skip
     a_g = _main_gate(
         2, u_h, products, xs, hs, zs, norm, rstd, v, z_bias, scale, bias, gain, shift, stride,
-        H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
+        4, H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
     )  # fmt: skip
     a_o = _main_gate(
         3, u_h, products, xs, hs, zs, norm, rstd, v, z_bias, scale, bias, gain, shift, stride,
-        H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
+        4, H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
     )  # fmt: skip
     i, f, g, o = _sigmoid(a_i), _sigmoid(a_f), _tanh(a_g), _sigmoid(a_o)
     if SAVE:
@@ -284,13 +305,46 @@ def _forward_step(
     if NORM:
         memory, deviation = _normalised(memory, is_h, H, EPS)
         if SAVE:
-            tl.store(c_norm + kept * H + h, memory, mask=is_h)
-            tl.store(c_rstd + kept, deviation)
+            tl.store(c_norm + row * H + h, memory, mask=is_h)
+            tl.store(c_rstd + row, deviation)
         memory = _read(shift + 4 * H + h, is_h) + memory * _read(gain + 4 * H + h, is_h)
     tanh = _tanh(memory)
     if SAVE:
-        tl.store(tanhs + kept * H + h, tanh, mask=is_h)
+        tl.store(tanhs + row * H + h, tanh, mask=is_h)
     tl.store(s + after * (H + K) + h, o * tanh, mask=is_h)
+
+
+@_compiled
+def _rnn_forward_step(
+    products, u_xs, xs, s, hs, zs, norm, rstd, v, scale, vectors, t, n,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
+    NORM: tl.constexpr, RELU: tl.constexpr, SAVE: tl.constexpr, EPS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """As `_forward_step`, of a HyperRNN."""
+    stride = n.to(tl.int64)
+    example = tl.program_id(0).to(tl.int64)
+    row = t * stride + example
+    h, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K)
+    is_h, is_k = h < H, k < K
+    z_bias = vectors
+    gain = z_bias + P * E
+    shift = gain + (H if NORM else 0)
+    bias = shift + (H if NORM else 0)
+    products += example * (K + H)
+    s += (row + stride) * (H + K)
+
+    a = _read(products + k, is_k) + _read(u_xs + row * K + k, is_k)
+    u_h = _activated(a, RELU).to(s.dtype.element_ty)
+    tl.store(s + H + k, u_h, mask=is_k)
+    u_h = tl.where(is_k, u_h.to(tl.float32), 0.0)
+
+    a = _main_gate(
+        0, u_h, products + K, xs + row * H, hs + row * H, zs + row * (P * E), norm + row * H,
+        rstd + row, v, z_bias, scale, bias, gain, shift, stride,
+        1, H, K, E, P, NORM, EPS, SAVE, BLOCK_H, BLOCK_K, BLOCK_E,
+    )  # fmt: skip
+    tl.store(s + h, _activated(a, RELU), mask=is_h)
 
 
 # ---------------------------------------------------------------------------------------- backward
@@ -327,10 +381,10 @@ def _main_gate_backward(
     Y: tl.constexpr, d_pre, xs, hs, zs, norm, rstds,
     d_products, d_xs, d_ds, d_zs, d_ps, v, scale, gains,
     stride, d_stride,
-    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr, NORM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+    G: tl.constexpr, H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of all that makes the preactivation of gate Y.
+    """Gradients of all that makes the preactivation of gate Y of G.
 
     Those of the small cell's output are given, all others written.
     """
@@ -345,18 +399,18 @@ def _main_gate_backward(
     d_by_h = d_pre * _read(hs + Y * H + h, inside)
     d_by_x = d_pre * _read(xs + Y * H + h, inside)
     tl.store(d_ds + Y * d_stride + h, d_by_h, mask=inside)
-    tl.store(d_ds + (4 + Y) * d_stride + h, d_by_x, mask=inside)
+    tl.store(d_ds + (G + Y) * d_stride + h, d_by_x, mask=inside)
     by_h, d_u = _scales_backward(Y, d_by_h, zs, d_zs, v, scale, H, K, E, BLOCK_H, BLOCK_K, BLOCK_E)
     by_x, more = _scales_backward(
-        4 + Y, d_by_x, zs, d_zs, v, scale, H, K, E, BLOCK_H, BLOCK_K, BLOCK_E
+        G + Y, d_by_x, zs, d_zs, v, scale, H, K, E, BLOCK_H, BLOCK_K, BLOCK_E
     )
     d_u += more
     tl.store(d_products + Y * H + h, d_pre * by_h, mask=inside)
     tl.store(d_xs + Y * H + h, d_pre * by_x, mask=inside)
     if P == 3:
-        tl.store(d_ds + (8 + Y) * d_stride + h, d_pre, mask=inside)
+        tl.store(d_ds + (2 * G + Y) * d_stride + h, d_pre, mask=inside)
         _, more = _scales_backward(
-            8 + Y, d_pre, zs, d_zs, v, scale, H, K, E, BLOCK_H, BLOCK_K, BLOCK_E
+            2 * G + Y, d_pre, zs, d_zs, v, scale, H, K, E, BLOCK_H, BLOCK_K, BLOCK_E
         )
         d_u += more
     return d_u
@@ -453,19 +507,19 @@ def _backward_step(
     d_u += _read(grad_s + after * (H + K) + H + k, is_k)
     d_u += _main_gate_backward(
         0, d_i, xs, hs, zs, norm, rstd, d_products + 4 * K, d_xs, d_ds, d_zs, d_ps, v, scale, gain,
-        stride, d_stride, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
+        stride, d_stride, 4, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
     )  # fmt: skip
     d_u += _main_gate_backward(
         1, d_f, xs, hs, zs, norm, rstd, d_products + 4 * K, d_xs, d_ds, d_zs, d_ps, v, scale, gain,
-        stride, d_stride, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
+        stride, d_stride, 4, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
     )  # fmt: skip
     d_u += _main_gate_backward(
         2, d_g, xs, hs, zs, norm, rstd, d_products + 4 * K, d_xs, d_ds, d_zs, d_ps, v, scale, gain,
-        stride, d_stride, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
+        stride, d_stride, 4, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
     )  # fmt: skip
     d_u += _main_gate_backward(
         3, d_o, xs, hs, zs, norm, rstd, d_products + 4 * K, d_xs, d_ds, d_zs, d_ps, v, scale, gain,
-        stride, d_stride, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
+        stride, d_stride, 4, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
     )  # fmt: skip
 
     # The small LSTM
@@ -495,6 +549,40 @@ def _backward_step(
     _small_gate_backward(3, d_o, u_norm, u_rstd, d_us, d_products, u_gain, K, BLOCK_K)
 
 
+@_compiled
+def _rnn_backward_step(
+    d_states, grad_s, s, xs, hs, zs, norm, rstd, d_products, d_xs, d_ds, d_zs, d_ps,
+    v, scale, vectors, t, n, at, size,
+    H: tl.constexpr, K: tl.constexpr, E: tl.constexpr, P: tl.constexpr,
+    NORM: tl.constexpr, RELU: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """As `_backward_step`, of a HyperRNN."""
+    stride = n.to(tl.int64)
+    example = tl.program_id(0).to(tl.int64)
+    row = t * stride + example
+    place = at * stride + example
+    h, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K)
+    is_h, is_k = h < H, k < K
+    gain = vectors + P * E
+    d_states += example * (H + K)
+    grad_s += (row + stride) * (H + K)
+    s += (row + stride) * (H + K)
+    d_products += place * (K + H)
+
+    d_h = _read(d_states + h, is_h) + _read(grad_s + h, is_h)
+    d_pre = _activated_backward(d_h, _read(s + h, is_h), RELU)
+    d_u = _read(d_states + H + k, is_k) + _read(grad_s + H + k, is_k)
+    d_u += _main_gate_backward(
+        0, d_pre, xs + row * H, hs + row * H, zs + row * (P * E), norm + row * H, rstd + row,
+        d_products + K, d_xs + place * H, d_ds + place * H, d_zs + place * (P * E),
+        d_ps + place * H, v, scale, gain, stride, size * stride * H,
+        1, H, K, E, P, NORM, BLOCK_H, BLOCK_K, BLOCK_E,
+    )  # fmt: skip
+    d_a = _activated_backward(d_u, _read(s + H + k, is_k), RELU)
+    tl.store(d_products + k, d_a, mask=is_k)
+
+
 # ----------------------------------------------------------------------------- loops over the steps
 
 
@@ -513,13 +601,13 @@ def _blocks(hidden: int, hyper: int, embedding: int) -> dict[str, int]:
     return {"BLOCK_H": h, "BLOCK_K": k, "BLOCK_E": e, "num_warps": warps, "num_stages": 1}
 
 
-def _constants(weights: list[Tensor], mask: Tensor) -> dict[str, int]:
-    """What both kernels are compiled for."""
+def _constants(weights: list[Tensor], **flags: Any) -> dict[str, Any]:
+    """What a kernel is compiled for."""
     u_hh, scale, gain = weights[4], weights[10], weights[11]
     parts, _, h, e = scale.shape
     k = u_hh.shape[1]
-    flags = {"NORM": gain.numel() > 0, "DROPPED": mask.numel() > 0}
-    return {"H": h, "K": k, "E": e, "P": parts, **flags, **_blocks(h, k, e)}
+    sizes = {"H": h, "K": k, "E": e, "P": parts, "NORM": gain.numel() > 0}
+    return {**sizes, **flags, **_blocks(h, k, e)}
 
 
 def _vectors(weights: list[Tensor]) -> Tensor:
@@ -531,7 +619,7 @@ def _vectors(weights: list[Tensor]) -> Tensor:
 
 
 def _recurrent(weights: list[Tensor]) -> Tensor:
-    """What multiplies h and the small cell's output, (4 K + 4 H, H + K).
+    """What multiplies h and the small cell's output, (G K + G H, H + K), with G gates.
 
     The rows of the small cell come first. Those of the main cell have zeros for the small cell's
     output: this is at most a quarter of the product, and saves a launch in each step.
@@ -575,7 +663,7 @@ def forward_steps(
     xs, *rest = tape
     v, scale = weights[8].contiguous(), weights[10].contiguous()
     tensors = (products, u_xs, xs, mask.contiguous(), s, c, *rest, v, scale, _vectors(weights))
-    constants = _constants(weights, mask) | {"SAVE": save, "EPS": eps}
+    constants = _constants(weights, DROPPED=mask.numel() > 0, SAVE=save, EPS=eps)
     with _on(s):
         launch = _forward_step[(n,)]
         for t, past in enumerate(s.unbind(0)[:steps]):
@@ -615,7 +703,7 @@ class BackwardSteps:
         self._read = (*states, mask.contiguous(), c, *tape)
         v, scale = weights[8].contiguous(), weights[10].contiguous()
         self._weights = (v, scale, _vectors(weights))
-        self._constants = _constants(weights, mask)
+        self._constants = _constants(weights, DROPPED=mask.numel() > 0)
 
     def run(self, start: int, end: int, d_products: Tensor, *written: Tensor) -> None:
         """Runs the steps from the one before `end` down to `start`.
@@ -643,3 +731,84 @@ class BackwardSteps:
         grad_s, grad_c = self._first
         # Step 0 writes the second half
         return self._d_states + grad_s, self._d_memories[1] + grad_c
+
+
+def rnn_forward_steps(
+    u_xs: Tensor,
+    weights: list[Tensor],
+    s: Tensor,
+    tape: list[Tensor],
+    relu: bool,
+    save: bool,
+    eps: float,
+) -> None:
+    """Runs all steps of a HyperRNN cell.
+
+    Args:
+        u_xs: The small cell's products with the inputs, (T, N, K), with its bias.
+        weights: As in `forward_steps`.
+        s: Its first entry is read, and the others are written.
+        tape: As in `forward_steps`.
+        relu: Whether the nonlinearity is that, instead of tanh.
+        save: As in `forward_steps`.
+        eps: As in `forward_steps`.
+    """
+    steps, n, _ = u_xs.shape
+    recurrent = _recurrent(weights).t()
+    products = s.new_empty(n, recurrent.shape[1])
+    xs, *rest = tape
+    v, scale = weights[8].contiguous(), weights[10].contiguous()
+    tensors = (products, u_xs, xs, s, *rest, v, scale, _vectors(weights))
+    constants = _constants(weights, RELU=relu, SAVE=save, EPS=eps)
+    with _on(s):
+        launch = _rnn_forward_step[(n,)]
+        for t, past in enumerate(s.unbind(0)[:steps]):
+            torch.mm(past, recurrent, out=products)
+            launch(*tensors, t, n, **constants)
+
+
+class RNNBackwardSteps:
+    """Runs the steps of a HyperRNN's backward pass, from the last to the first, some at a time.
+
+    Args:
+        grad_s: The gradient of s, like s.
+        weights: As in `forward_steps`.
+        s: The states.
+        tape: What the forward pass saved.
+        relu: As in `rnn_forward_steps`.
+    """
+
+    def __init__(
+        self, grad_s: Tensor, weights: list[Tensor], s: Tensor, tape: list[Tensor], relu: bool
+    ) -> None:
+        grad_s = grad_s.contiguous()
+        self._first = grad_s[0]
+        self._recurrent = _recurrent(weights)
+        self._d_states = torch.zeros_like(grad_s[0])
+        self._read = (self._d_states, grad_s, s, *tape)
+        v, scale = weights[8].contiguous(), weights[10].contiguous()
+        self._weights = (v, scale, _vectors(weights))
+        self._constants = _constants(weights, RELU=relu)
+
+    def run(self, start: int, end: int, d_products: Tensor, *written: Tensor) -> None:
+        """Runs the steps from the one before `end` down to `start`.
+
+        Args:
+            start: The last step to run.
+            end: The step after the first one to run.
+            d_products: As in `BackwardSteps.run`, (size, N, K + H).
+            *written: The gradients of the main cell's products with the inputs, of the scales, the
+                embeddings, and the main cell's normalised preactivations.
+        """
+        size, n, _ = d_products.shape
+        tensors = (*self._read, d_products, *written, *self._weights)
+        with _on(d_products):
+            launch = _rnn_backward_step[(n,)]
+            places = d_products.unbind(0)
+            for t in range(end - 1, start - 1, -1):
+                launch(*tensors, t, n, t - start, size, **self._constants)
+                torch.mm(places[t - start], self._recurrent, out=self._d_states)
+
+    def initial(self) -> Tensor:
+        """The gradient of the states before the first step, after all steps."""
+        return self._d_states + self._first

@@ -1,4 +1,4 @@
-"""The operator that runs a HyperLSTM cell over a sequence, with a backward pass written by hand.
+"""The operators that run a HyperLSTM or HyperRNN cell over a sequence, each with a backward pass.
 
 The equations, and the names and shapes of the weights, are documented at `HyperLSTMCell` (arXiv
 1609.09106, app. A.2.2). `hyper_lstm` is fast: the products that need no earlier step are computed
@@ -16,19 +16,28 @@ small cell's.
 
     s  (T + 1, N, H + K)   h and the small cell's output; s[0] is the one before the first step
     c  (T + 1, N, H + K)   the memories of both; c[0] is the one before the first step
+
+`hyper_rnn` is a HyperRNN's operator. It has no c, and only kernels of Triton run its steps;
+elsewhere a HyperRNN is `plain_rnn`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperize.kernels import BackwardSteps, forward_steps, takes_triton
+from hyperize.kernels import (
+    BackwardSteps,
+    RNNBackwardSteps,
+    forward_steps,
+    rnn_forward_steps,
+    takes_triton,
+)
 from hyperize.products import by_onednn, is_transformed, laid_out, product, takes_onednn
 
 __all__: list[str] = []
@@ -105,7 +114,7 @@ class _Sizes:
         self.steps, self.batch, self.input = x.shape
         self.hidden = weights[1].shape[1]
         self.hyper = weights[4].shape[1]
-        self.parts, _, _, self.embedding = weights[10].shape
+        self.parts, self.gates, _, self.embedding = weights[10].shape
         self.bias = weights[2].numel() > 0
         self.layer_norm = weights[11].numel() > 0
 
@@ -389,13 +398,15 @@ def _hyper_lstm_backward(
     z = _Sizes(x, weights)
     triton = takes_triton(x, z.hidden, z.hyper)
     chunk = _Chunk(x, z, triton)
-    sums = _Sums(z, x, weights, outputs, needs_x)
+    s, c, *tape = outputs
+    sums = _Sums(z, x, weights, s, tape[2], needs_x)
     run_steps = BackwardSteps if triton else _BackwardSteps
-    steps = run_steps(grad_s, grad_c, mask, weights, outputs[1], outputs[2:])
+    steps = run_steps(grad_s, grad_c, mask, weights, c, tape)
     for end in range(z.steps, 0, -chunk.size):
         start = max(end - chunk.size, 0)
         steps.run(start, end, *chunk.tensors)
         sums.add(start, end, chunk)
+        _add_norms(sums.d_weights, start, end, chunk, tape)
     return [sums.d_x, *steps.initial(), *sums.of_weights()]
 
 
@@ -416,28 +427,30 @@ class _Chunk:
         d_mcs  (size, N, H)           as d_ucs
 
     For Triton the first two are one, (size, N, 4 K + 4 H), so that one product gives the gradient
-    of the states.
+    of the states. A HyperRNN has one gate instead of four, and neither d_us nor d_ucs nor d_mcs.
     """
 
     def __init__(self, x: Tensor, z: _Sizes, triton: bool) -> None:
-        n, h, k, d, e = z.batch, z.hidden, z.hyper, 4 * z.parts, 4 * z.parts * z.embedding
-        norms = 1 if z.layer_norm else 0
-        numbers = n * (4 * h + 4 * k + 4 * h + d * h + e + 5 * k + norms * 5 * h)
+        n, h, k, g = z.batch, z.hidden, z.hyper, z.gates
+        d, e = g * z.parts, g * z.parts * z.embedding
+        norms, lstm = 1 if z.layer_norm else 0, 1 if g > 1 else 0
+        numbers = n * (2 * g * h + g * k + d * h + e + lstm * 5 * k + norms * (g + lstm) * h)
         chunk = max(_CHUNK, _CHUNK_BYTES // (numbers * x.element_size())) if triton else _CHUNK
         size = self.size = min(chunk, z.steps)
         self.d_ds = x.new_empty(d, size, n, h)
         if triton:
-            products = x.new_empty(size, n, 4 * k + 4 * h)
-            self.d_as, self.d_hs = products[..., : 4 * k], products[..., 4 * k :]
+            products = x.new_empty(size, n, g * k + g * h)
+            self.d_as, self.d_hs = products[..., : g * k], products[..., g * k :]
         else:
-            self.d_as, self.d_hs = x.new_empty(size, n, 4 * k), x.new_empty(size, n, 4 * h)
-        self.d_xs, self.d_zs = x.new_empty(size, n, 4 * h), x.new_empty(size, n, e)
-        self.d_us, self.d_ucs = x.new_empty(size, n, 4, k), x.new_empty(size, n, k)
-        self.d_ps = x.new_empty(norms * size, 4, n, h)
-        self.d_mcs = x.new_empty(norms * size, n, h)
-        recurrent = (products,) if triton else (self.d_as, self.d_hs)
-        others = (self.d_xs, self.d_ds, self.d_zs, self.d_us, self.d_ucs, self.d_ps, self.d_mcs)
-        self.tensors = recurrent + others
+            self.d_as, self.d_hs = x.new_empty(size, n, g * k), x.new_empty(size, n, g * h)
+        self.d_xs, self.d_zs = x.new_empty(size, n, g * h), x.new_empty(size, n, e)
+        self.d_us = x.new_empty(lstm * size, n, g, k)
+        self.d_ucs = x.new_empty(lstm * size, n, k)
+        self.d_ps = x.new_empty(norms * size, g, n, h)
+        self.d_mcs = x.new_empty(norms * lstm * size, n, h)
+        self.tensors: tuple[Tensor, ...] = (products,) if triton else (self.d_as, self.d_hs)
+        self.tensors += (self.d_xs, self.d_ds, self.d_zs, self.d_us, self.d_ucs)
+        self.tensors += (self.d_ps, self.d_mcs)
 
 
 class _BackwardSteps:
@@ -572,77 +585,76 @@ class _Sums:
     """Adds up the gradients of the weights, and collects those of the inputs."""
 
     def __init__(
-        self, z: _Sizes, x: Tensor, weights: list[Tensor], outputs: list[Tensor], needs_x: bool
+        self, z: _Sizes, x: Tensor, weights: list[Tensor], s: Tensor, zs: Tensor, needs_x: bool
     ) -> None:
-        h, k = z.hidden, z.hyper
-        self._z, self._x, self._weights, self._outputs = z, x, weights, outputs
+        h, k, g = z.hidden, z.hyper, z.gates
+        self._z, self._x, self._weights, self._s, self._zs = z, x, weights, s, zs
         self._needs_x = needs_x
         self.d_x = x.new_empty(x.shape if needs_x else (0,))
-        self._d_weights = [torch.zeros_like(w) for w in weights]
+        self.d_weights = [torch.zeros_like(w) for w in weights]
         # These gradients are kept transposed, because their products are faster that way
-        self._d_w_ih, self._d_w_hh = x.new_zeros(z.input, 4 * h), x.new_zeros(h, 4 * h)
-        self._d_u_w = x.new_zeros(h + k, 4 * k)
-        self._d_scales_t = x.new_zeros(4 * z.parts, z.embedding, h)
+        self._d_w_ih, self._d_w_hh = x.new_zeros(z.input, g * h), x.new_zeros(h, g * h)
+        self._d_u_w = x.new_zeros(h + k, g * k)
+        self._d_scales_t = x.new_zeros(g * z.parts, z.embedding, h)
 
     def add(self, start: int, end: int, chunk: _Chunk) -> None:
-        """Adds those of the steps from `start` to before `end`, which are in the chunk."""
-        z, x, d_weights = self._z, self._x, self._d_weights
-        n, h, e, parts = z.batch, z.hidden, z.embedding, 4 * z.parts
+        """Adds those of the steps from `start` to before `end`, but for the layer norms'."""
+        z, x, s, d_weights = self._z, self._x, self._s, self.d_weights
+        n, h, e, parts = z.batch, z.hidden, z.embedding, z.gates * z.parts
         w_ih, u_ih, v_bias = self._weights[0], self._weights[3], self._weights[9]
-        s, zs, u_norm, uc_norm = (self._outputs[at] for at in (0, 4, 7, 10))
-        norm, c_norm = self._outputs[13], self._outputs[15]
-        d_ds, d_us, d_ucs, d_ps, d_mcs = (
-            chunk.d_ds,
-            chunk.d_us,
-            chunk.d_ucs,
-            chunk.d_ps,
-            chunk.d_mcs,
-        )
         # (chunk, N, ...) -> (chunk * N, ...)
         m = end - start
         rows = m * n
-        d_h, d_x_, d_a, d_z = (
-            d[:m].flatten(0, 1) for d in (chunk.d_hs, chunk.d_xs, chunk.d_as, chunk.d_zs)
-        )
+        products = (chunk.d_hs, chunk.d_xs, chunk.d_as, chunk.d_zs)
+        d_h, d_x, d_a, d_z = (d[:m].flatten(0, 1) for d in products)
         past, now = s[start:end].flatten(0, 1), s[start + 1 : end + 1].flatten(0, 1)
         inputs = x[start:end].flatten(0, 1)
         if self._needs_x:
-            d_inputs = product(d_x_, w_ih).add_(product(d_a, u_ih[:, h:]))
+            d_inputs = product(d_x, w_ih).add_(product(d_a, u_ih[:, h:]))
             # (chunk * N, input) -> (chunk, N, input)
             self.d_x[start:end] = d_inputs.view(m, n, x.shape[2])
-        self._d_w_ih += product(inputs.t(), d_x_)
+        self._d_w_ih += product(inputs.t(), d_x)
         self._d_w_hh += product(past[:, :h].t(), d_h)
         self._d_u_w += product(past.t(), d_a)
         d_weights[3][:, h:] += product(d_a.t(), inputs)
         d_weights[8] += product(d_z.t(), now[:, h:])
         d_weights[9] += d_z[:, : v_bias.shape[0]].sum(0)
         # (chunk, N, P * 4 * E) -> (P * 4, chunk * N, E)
-        embeddings = zs[start:end].view(rows, parts, e).transpose(0, 1)
-        d_d = d_ds[:, :m].flatten(1, 2)  # (P * 4, chunk, N, H) -> (P * 4, chunk * N, H)
+        embeddings = self._zs[start:end].view(rows, parts, e).transpose(0, 1)
+        # (P * 4, chunk, N, H) -> (P * 4, chunk * N, H)
+        d_d = chunk.d_ds[:, :m].flatten(1, 2)
         self._d_scales_t.baddbmm_(embeddings.transpose(1, 2), d_d)
         if z.bias:
-            d_weights[2] += d_d[8:].sum(1).view(-1)  # (4, H) -> (4 H,)
+            d_weights[2] += d_d[2 * z.gates :].sum(1).view(-1)  # (4, H) -> (4 H,)
             d_weights[5] += d_a.sum(0)
-        d_weights[6][:4] += (d_us[:m] * u_norm[start:end]).sum((0, 1))
-        d_weights[6][4] += (d_ucs[:m] * uc_norm[start:end]).sum((0, 1))
-        d_weights[7][:4] += d_us[:m].sum((0, 1))
-        d_weights[7][4] += d_ucs[:m].sum((0, 1))
-        if z.layer_norm:
-            d_weights[11][:4] += (d_ps[:m] * norm[start:end]).sum((0, 2))
-            d_weights[11][4] += (d_mcs[:m] * c_norm[start:end]).sum((0, 1))
-            d_weights[12][:4] += d_ps[:m].sum((0, 2))
-            d_weights[12][4] += d_mcs[:m].sum((0, 1))
 
     def of_weights(self) -> list[Tensor]:
         """The gradients of all weights, after the last chunk."""
-        z, d_weights = self._z, self._d_weights
-        h = z.hidden
+        h, e, d_weights = self._z.hidden, self._z.embedding, self.d_weights
         d_weights[0].copy_(self._d_w_ih.t())
         d_weights[1].copy_(self._d_w_hh.t())
         d_weights[3][:, :h].copy_(self._d_u_w[:h].t())
         d_weights[4].copy_(self._d_u_w[h:].t())
-        d_weights[10].view(-1, h, z.embedding).copy_(self._d_scales_t.transpose(1, 2))
+        d_weights[10].view(-1, h, e).copy_(self._d_scales_t.transpose(1, 2))
         return d_weights
+
+
+def _add_norms(
+    d_weights: list[Tensor], start: int, end: int, chunk: _Chunk, tape: list[Tensor]
+) -> None:
+    """Adds the gradients of the gains and shifts of a HyperLSTM's layer norms, as `_Sums.add`."""
+    m = end - start
+    u_norm, uc_norm, norm, c_norm = (tape[at][start:end] for at in (5, 8, 11, 13))
+    d_us, d_ucs, d_ps, d_mcs = (d[:m] for d in (chunk.d_us, chunk.d_ucs, chunk.d_ps, chunk.d_mcs))
+    d_weights[6][:4] += (d_us * u_norm).sum((0, 1))
+    d_weights[6][4] += (d_ucs * uc_norm).sum((0, 1))
+    d_weights[7][:4] += d_us.sum((0, 1))
+    d_weights[7][4] += d_ucs.sum((0, 1))
+    if len(norm):
+        d_weights[11][:4] += (d_ps * norm).sum((0, 2))
+        d_weights[11][4] += (d_mcs * c_norm).sum((0, 1))
+        d_weights[12][:4] += d_ps.sum((0, 2))
+        d_weights[12][4] += d_mcs.sum((0, 1))
 
 
 @hyper_lstm.register_fake
@@ -680,9 +692,14 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
     inputs, outputs = saved[: 4 + ctx.weights], saved[4 + ctx.weights :]
     given = [(at, d) for at, d in enumerate(grads[:2]) if d is not None]
-    # With create_graph=True torch enables gradients here: it will differentiate what this computes
-    if torch.is_grad_enabled() or is_transformed(*(d for _, d in given)):
-        return _plain_backward(ctx.needs_input_grad, list(inputs), given)
+    if _is_watched(given):
+
+        def run(x: Tensor, s0: Tensor, c0: Tensor, mask: Tensor, *weights: Tensor) -> Any:
+            return plain(x, s0, c0, mask, list(weights))
+
+        needs = ctx.needs_input_grad
+        gradients = _plain_backward(run, [*needs[:4], *needs[4]], list(inputs), given)
+        return *gradients[:4], gradients[4:], None
     d_states = [
         torch.zeros_like(t) if d is None else d for t, d in zip(outputs[:2], grads[:2], strict=True)
     ]
@@ -692,24 +709,32 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return d_x if needs_x else None, d_s, d_c, None, d_weights, None
 
 
+def _is_watched(given: list[tuple[int, Tensor]]) -> bool:
+    """Whether torch has to see each operation of a backward pass that starts from these."""
+    # With create_graph=True torch enables gradients here: it will differentiate what this computes
+    return torch.is_grad_enabled() or is_transformed(*(d for _, d in given))
+
+
 def _plain_backward(
-    needs: tuple[Any, ...], inputs: list[Tensor], given: list[tuple[int, Tensor]]
-) -> tuple[Any, ...]:
-    """The gradients that `_backward` gives, in operations that can be differentiated again.
+    function: Callable[..., Any],
+    needed: list[bool],
+    inputs: list[Tensor],
+    given: list[tuple[int, Tensor]],
+) -> list[Tensor | None]:
+    """The gradients of an operator's inputs, in operations that can be differentiated again.
 
     Args:
-        needs: For each input of `hyper_lstm` whether its gradient is needed.
-        inputs: x, s0, c0, mask and the weights.
-        given: The gradients of s and c, each with the output's number, 0 or 1.
+        function: Computes what the operator does, of the same tensors.
+        needed: For each input whether its gradient is needed.
+        inputs: The operator's tensors.
+        given: The gradients of the function's results, each with the result's number.
     """
-    needed = [*needs[:4], *needs[4]]
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         # One input may have been computed from another. Aliases keep the gradient of the other from
         # also counting the way through the one.
         aliases = [t.view_as(t) for t in inputs]
-        x, s0, c0, mask, *weights = aliases
-        outputs = plain(x, s0, c0, mask, weights)
+        outputs = function(*aliases)
         found = iter(
             torch.autograd.grad(
                 [outputs[at] for at, _ in given],
@@ -719,8 +744,179 @@ def _plain_backward(
                 allow_unused=True,
             )
         )
-    gradients = [next(found) if need else None for need in needed]
-    return *gradients[:4], gradients[4:], None
+    return [next(found) if need else None for need in needed]
 
 
 hyper_lstm.register_autograd(_backward, setup_context=_setup_context)
+
+
+# ------------------------------------------------------------------------------------ the HyperRNN
+
+
+@torch.library.custom_op(
+    "hyperize::hyper_rnn",
+    mutates_args=(),
+    schema="(Tensor x, Tensor s0, Tensor[] weights, bool relu, bool save) -> Tensor[]",
+)
+@_without_autocast
+def hyper_rnn(x: Tensor, s0: Tensor, weights: list[Tensor], relu: bool, save: bool) -> list[Tensor]:
+    """Runs a sequence of a HyperRNN cell, only where `takes_triton`.
+
+    Args:
+        x: Inputs, (T, N, input).
+        s0: h and the small cell's output before the first step, (N, H + K).
+        weights: As in `WEIGHTS`, empty tensors for those that the cell lacks.
+        relu: Whether the nonlinearity is that, instead of tanh.
+        save: Whether to keep what the backward pass needs.
+
+    Returns:
+        s (T + 1, N, H + K), and the tape.
+    """
+    z = _Sizes(x, weights)
+    steps, n, h, k = z.steps, z.batch, z.hidden, z.hyper
+    w_ih, u_ih, u_bias = weights[0], weights[3], weights[5]
+    flat = x.reshape(steps * n, z.input)  # (T, N, input) -> (T * N, input)
+    # (T * N, H) -> (T, N, H), and with K
+    xs = product(flat, w_ih.t()).view(steps, n, h)
+    u_xs = product(flat, u_ih[:, h:].t()).view(steps, n, k)
+    if z.bias:
+        u_xs += u_bias
+    tape = [xs, *(x.new_empty(shape) for shape in _rnn_tape_shapes(z, save)[1:])]
+    s = x.new_empty(steps + 1, n, h + k)
+    s[0] = s0
+    rnn_forward_steps(u_xs, weights, s, tape, relu, save, EPS)
+    return [s, *tape]
+
+
+def _rnn_tape_shapes(z: _Sizes, save: bool) -> list[tuple[int, ...]]:
+    """As `_tape_shapes`; nothing but the first is kept without `save`."""
+    steps, n, h = (z.steps if save else 0), z.batch, z.hidden
+    norms = 1 if z.layer_norm else 0
+    return [
+        (z.steps, n, h),  # W_x x
+        (steps, n, h),  # W_h h
+        (steps, n, z.parts * z.embedding),  # the embeddings z
+        (norms * steps, n, h),  # normalised preactivations
+        (norms * steps, n, 1),  # their inverse deviations
+    ]
+
+
+def plain_rnn(x: Tensor, s0: Tensor, weights: Sequence[Any], relu: bool) -> Tensor:
+    """Computes `hyper_rnn` in ordinary operations of torch.
+
+    Args:
+        x: As in `hyper_rnn`, like all other arguments.
+        s0: h and the small cell's output before the first step.
+        weights: As in `WEIGHTS`: tensors, and None for those that the cell lacks.
+        relu: Whether the nonlinearity is that, instead of tanh.
+
+    Returns:
+        s of `hyper_rnn` without its first entry, (T, N, H + K).
+    """
+    w_ih, w_hh, bias, u_ih, u_hh, u_bias, _, _, v, v_bias, scale, gain, shift = weights
+    (parts, _, size, e), phi = scale.shape, (torch.relu if relu else torch.tanh)
+    products = F.linear(x, w_ih)  # (T, N, H)
+    hyper_products = F.linear(x, u_ih[:, size:], u_bias)
+    h, u = s0[:, :size], s0[:, size:]
+    z_bias = F.pad(v_bias, (0, (parts - 2) * e))
+    scales = scale[:, 0].transpose(1, 2)  # (P, 1, H, E) -> (P, E, H)
+    u_w = torch.cat((u_ih[:, :size], u_hh), 1)  # (K, H + K)
+    states = []
+    for w_x, u_x in zip(products, hyper_products, strict=True):
+        u = phi(u_x + F.linear(torch.cat((h, u), 1), u_w))
+        z = F.linear(u, v, z_bias)
+        # (N, P * E) -> (P, N, E), then (P, N, H)
+        d = torch.bmm(z.view(len(z), parts, e).transpose(0, 1), scales)
+        pre = d[0] * F.linear(h, w_hh) + d[1] * w_x
+        if bias is not None:
+            pre = pre + d[2] + bias
+        if gain is not None and shift is not None:
+            pre = F.layer_norm(pre, (size,), gain[0], shift[0], EPS)
+        h = phi(pre)
+        states.append(torch.cat((h, u), 1))
+    return torch.stack(states)
+
+
+@torch.library.custom_op(
+    "hyperize::hyper_rnn_backward",
+    mutates_args=(),
+    schema="(Tensor grad_s, Tensor x, Tensor[] weights, Tensor[] outputs, bool relu, bool needs_x)"
+    " -> Tensor[]",
+)
+@_without_autocast
+def _hyper_rnn_backward(
+    grad_s: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    outputs: list[Tensor],
+    relu: bool,
+    needs_x: bool,
+) -> list[Tensor]:
+    """Gradients of `hyper_rnn`.
+
+    Returns:
+        Those of x (empty if not needed), s0 and of each weight.
+    """
+    z = _Sizes(x, weights)
+    s, *tape = outputs
+    chunk = _Chunk(x, z, True)
+    sums = _Sums(z, x, weights, s, tape[2], needs_x)
+    steps = RNNBackwardSteps(grad_s, weights, s, tape, relu)
+    products, d_xs, d_ds, d_zs, _, _, d_ps, _ = chunk.tensors
+    for end in range(z.steps, 0, -chunk.size):
+        start = max(end - chunk.size, 0)
+        steps.run(start, end, products, d_xs, d_ds, d_zs, d_ps)
+        sums.add(start, end, chunk)
+        if z.layer_norm:
+            d_p = d_ps[: end - start, 0]  # (chunk, 1, N, H) -> (chunk, N, H)
+            sums.d_weights[11][0] += (d_p * tape[3][start:end]).sum((0, 1))
+            sums.d_weights[12][0] += d_p.sum((0, 1))
+    return [sums.d_x, steps.initial(), *sums.of_weights()]
+
+
+@hyper_rnn.register_fake
+def _(x: Tensor, s0: Tensor, weights: list[Tensor], relu: bool, save: bool) -> list[Tensor]:
+    z = _Sizes(x, weights)
+    states = (z.steps + 1, z.batch, z.hidden + z.hyper)
+    return [x.new_empty(shape) for shape in (states, *_rnn_tape_shapes(z, save))]
+
+
+@_hyper_rnn_backward.register_fake
+def _(
+    grad_s: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    outputs: list[Tensor],
+    relu: bool,
+    needs_x: bool,
+) -> list[Tensor]:
+    inputs = x.new_empty(x.shape if needs_x else (0,))
+    return [inputs, *(torch.empty_like(t) for t in (grad_s[0], *weights))]
+
+
+def _setup_rnn_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, s0, weights, ctx.relu, _ = inputs
+    ctx.save_for_backward(x, s0, *weights, *output)
+    ctx.set_materialize_grads(False)
+    ctx.weights = len(weights)
+
+
+def _rnn_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved, relu, needs = ctx.saved_tensors, ctx.relu, ctx.needs_input_grad
+    inputs, outputs = saved[: 2 + ctx.weights], saved[2 + ctx.weights :]
+    given = [(0, d) for d in grads[:1] if d is not None]
+    if _is_watched(given):
+
+        def run(x: Tensor, s0: Tensor, *weights: Tensor) -> Any:
+            there = [w if w.numel() else None for w in weights]
+            return (torch.cat([s0[None], plain_rnn(x, s0, there, relu)]),)
+
+        gradients = _plain_backward(run, [*needs[:2], *needs[2]], list(inputs), given)
+        return *gradients[:2], gradients[2:], None, None
+    x, _, *weights = inputs
+    grad_s = given[0][1] if given else torch.zeros_like(outputs[0])
+    d_x, d_s, *d_weights = _hyper_rnn_backward(grad_s, x, weights, outputs, relu, needs[0])
+    return d_x if needs[0] else None, d_s, d_weights, None, None
+
+
+hyper_rnn.register_autograd(_rnn_backward, setup_context=_setup_rnn_context)

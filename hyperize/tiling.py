@@ -196,7 +196,8 @@ class Stack:
 
     def __init__(self, grids: Sequence[Grid]) -> None:
         self.grids = grids
-        self.reached = [False] * len(grids)  # by the backward pass that is running
+        # By the backward pass that is running; all, if nothing tells of single weights
+        self.reached = [True] * len(grids)
 
     def collect(self, embeddings: Sequence[Tensor]) -> Tensor:
         """The embeddings, one weight's below the other's: (sum of tiles, Nz)."""
@@ -208,10 +209,12 @@ class Stack:
 
         All grids have one width, or a single row that is not longer than the others'.
         """
+        self.reached = [False] * len(self.grids)
         return list(_Divide.apply(self, rows))
 
     def mark(self, at: int, weight: Tensor) -> Tensor:
         """A weight that was not made by `divide`."""
+        self.reached[at] = False
         result: Tensor = _Mark.apply(self, at, weight)
         return result
 
