@@ -9,8 +9,8 @@ The equations are documented at `HyperLSTMCell` and `HyperRNNCell`, the buffers 
 whose loops over the steps compute the same in operations of torch. Kernels read and write the dtype
 of their tensors, and compute in float32.
 
-Triton comes with torch where it can run. Without it this module can be imported, and `takes_triton`
-is False.
+Triton comes with torch where it can run. Without it, or the C compiler that it needs, this module
+can be imported, and `takes_triton` is False.
 """
 
 # Kernels have no annotations but those that Triton reads, and Triton has none at all.
@@ -20,6 +20,9 @@ is False.
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +37,22 @@ try:
     import triton.language as tl
 except ImportError:  # as on most machines without a GPU
     triton = None
+
+
+def _builds() -> bool:
+    """Whether Triton finds what it builds the launcher of kernels with.
+
+    That is a C compiler and the headers of Python, which a machine with a GPU may lack.
+    """
+    compilers = (os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))
+    # As Triton does, because Debian's default is a folder for what users install
+    local = sysconfig.get_default_scheme() == "posix_local"
+    scheme = "posix_prefix" if local else sysconfig.get_default_scheme()
+    headers = sysconfig.get_path("include", scheme=scheme)
+    return any(compilers) and os.path.exists(os.path.join(headers, "Python.h"))
+
+
+_BUILDS = triton is not None and _builds()
 
 LARGEST = 4096
 """The most units of a cell. A program holds all units of a few gates in its registers."""
@@ -51,7 +70,7 @@ def takes_triton(x: Tensor, *units: int) -> bool:
         *units: Units of the main and of the small cell.
     """
     return (
-        triton is not None
+        _BUILDS
         and x.device.type == "cuda"
         # The kernels have never run on AMD's GPUs
         and torch.version.hip is None
