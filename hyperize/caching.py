@@ -196,7 +196,7 @@ class _Made:
         embeddings = [layer.embedding(name) for layer, name in members]
         self.sources = {m: (z, version_of(z)) for m, z in zip(members, embeddings, strict=True)}
         self._shared = [
-            (owner, key, param, version_of(param), param.requires_grad)
+            (owner, key, param, version_of(param))
             for owner, key, param in first.hypernet.sources()
         ]
         weights = first.hypernet.together(
@@ -209,7 +209,7 @@ class _Made:
         if first.apart:
             beside = [first._parameters[name] for name in first.beside]
             self._shared += [
-                (first._parameters, name, param, version_of(param), param.requires_grad)
+                (first._parameters, name, param, version_of(param))
                 for name, param in zip(first.beside, beside, strict=True)
             ]
             trains = weights[0].requires_grad
@@ -220,16 +220,12 @@ class _Made:
     def is_current(self, member: _Member) -> bool:
         """Whether all that a weight was made of is as it was."""
         z, version = self.sources[member]
-        return (
-            member[0].embedding(member[1]) is z
-            and version_of(z) == version
-            and all(
-                owner.get(key) is param
-                and version_of(param) == before
-                and param.requires_grad == trained
-                for owner, key, param, before, trained in self._shared
-            )
-        )
+        if member[0].embedding(member[1]) is not z or version_of(z) != version:
+            return False
+        for owner, key, param, before in self._shared:
+            if owner.get(key) is not param or version_of(param) != before:
+                return False
+        return True
 
     def read(self, layer: Layer, name: str, x: Any) -> Tensor:
         weight = self._weights[layer, name]
@@ -342,13 +338,16 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     return None
 
 
-def version_of(tensor: Tensor) -> tuple[int, int, torch.dtype]:
-    """What changes when a tensor is changed in place or has its data exchanged.
+def version_of(tensor: Tensor) -> tuple[int, int, bool]:
+    """What changes when a tensor is changed in place, has its data exchanged or is frozen.
 
     Changes of the values of `tensor.data` cannot be seen by anyone.
     """
     version = -1 if tensor.is_inference() else tensor._version  # inference tensors have none
-    return version, tensor.data_ptr(), tensor.dtype
+    pointer = 0
+    with suppress(RuntimeError):  # stand-ins without data
+        pointer = tensor.data_ptr()
+    return version, pointer, tensor.requires_grad
 
 
 def _is_running(call: FrameType) -> bool:

@@ -174,14 +174,15 @@ class Generated(nn.Module):
 
     def generate(self, name: str) -> Tensor:
         """The current value of one generated parameter, attached to the autograd graph."""
-        site = self.embedding(name), self.constants(name), self.grids[name]
-        weight: Tensor
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            weight = self.hypernet(*site)
-        else:
+        made = None
+        if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
             own = _running.layer is self
             made = find(self, name, own, _running.input if own else None)
-            weight = self.hypernet(*site, made=made)
+            if made is not None and not self.hypernet._forward_hooks:
+                return made
+        site = self.embedding(name), self.constants(name), self.grids[name]
+        # A weight that is there already is passed through for what looks on, as generated_l2 does
+        weight: Tensor = self.hypernet(*site) if made is None else self.hypernet(*site, made=made)
         return weight
 
     def constants(self, name: str) -> Tensor:
