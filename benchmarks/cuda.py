@@ -36,8 +36,8 @@ SECONDS = 280.0
 """Of a whole run: nothing is begun that would end later. Loading torch comes on top."""
 FULL, BRIEF = Effort(5, 60, 2.5), Effort(5, 40, 0.5)
 """How often things are timed; the latter for the peers, of which there are many rows."""
-SETTING_UP = 4.0
-"""Seconds that making, moving and warming up the models of a row take at most, if not compiled."""
+SETTING_UP = 6.0
+"""Seconds that making, moving and warming up one model take at most, if it is not compiled."""
 COMPILING = 45.0
 """Seconds for compiling one model, until some have been compiled and one knows better."""
 WARM_UP = 4
@@ -380,7 +380,10 @@ def _network(
     network = copy.deepcopy(dense) if form is None else case.hyperize(dense, form)
     network = bench.device.place(network, dtype)
     if case.compiled:
-        compiled = torch.compile(network, backend=bench.device.backend, mode=case.mode)
+        # Several models run the same code, and none is to get the dynamic sizes of a second one
+        compiled = torch.compile(
+            network, backend=bench.device.backend, mode=case.mode, dynamic=False
+        )
         network = cast(nn.Module, compiled)
     return network
 
@@ -552,21 +555,23 @@ def peaks(bench: Bench) -> Iterator[Row]:
     except Exception as error:
         yield Row(f"{title} / dense", unit="bytes", note=failure(error))
         return
-    for kind, options in memory.KINDS.items():
+    for kind in memory.KINDS:
         try:
-            network = copy.deepcopy(dense)
-            if kind != "dense":
-                network = hyperize(network, inplace=True, targets=memory.TARGETS, seed=0, **options)
-            measured[kind] = _peak(bench, network, pixels, batch)
+            measured[kind] = _peak(bench, _of_kind(kind, dense), pixels, batch)
         except Exception as error:
             failed[kind] = failure(error)
-        del network
     for kind in list(memory.KINDS)[1:]:
         name = f"{title}{'' if kind == 'hyper' else f', {kind}'} / dense"
         if problem := failed.get(kind) or failed.get("dense"):
             yield Row(name, unit="bytes", note=problem)
         else:
             yield Row(name, (measured[kind],), (measured["dense"],), "bytes")
+
+
+def _of_kind(kind: str, dense: nn.Module) -> nn.Module:
+    if kind == "dense":
+        return copy.deepcopy(dense)
+    return hyperize(dense, targets=memory.TARGETS, seed=0, **memory.KINDS[kind])
 
 
 def _peak(bench: Bench, network: nn.Module, pixels: int, batch: int) -> int:

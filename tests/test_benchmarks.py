@@ -4,6 +4,7 @@ import gc
 import importlib.metadata
 import json
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,17 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     modules = {
         name: importlib.import_module(f"benchmarks.{name}")
-        for name in ("__main__", "generation", "making", "memory", "output", "peers", "timing")
+        for name in (
+            "__main__",
+            "cuda",
+            "device",
+            "generation",
+            "making",
+            "memory",
+            "output",
+            "peers",
+            "timing",
+        )
     }
     monkeypatch.setattr(timm, "list_models", lambda: ["resnet10t", "test_vit", "test_resnet"] * 25)
     gc.freeze()  # garbage is collected before each call that is timed, and pytest's is none of it
@@ -49,6 +60,10 @@ def run(benchmarks, folder, *subjects):
 )
 def test_a_subject_runs_and_its_files_agree(subject, benchmarks, tmp_path):
     run(benchmarks, tmp_path, subject)
+    check_files(tmp_path, subject)
+
+
+def check_files(tmp_path, subject):
     data, text = results(tmp_path), table(tmp_path)
     assert list(data["subjects"]) == [subject]
     rows = data["subjects"][subject]["rows"]
@@ -61,7 +76,8 @@ def test_a_subject_runs_and_its_files_agree(subject, benchmarks, tmp_path):
         assert min(ratios) <= row["quartiles"][0] <= row["ratio"] <= row["quartiles"][2]
         line = next(line for line in text.splitlines() if line.startswith(f"| {row['name']} |"))
         assert f"| {row['ratio']:.3f}" in line
-        assert (f"{row['target']:.2f}: " in line) if row["target"] else (": " not in line)
+        judged = f"| {row['target']:.2f}: " if row["target"] else "|  |"
+        assert judged in line
     assert torch.__version__.partition("+")[0] in text
     assert data["settings"]["seed"] == 0
     assert data["settings"]["versions"]["timm"] == timm.__version__
@@ -210,3 +226,234 @@ def test_unknown_subjects_are_refused(benchmarks, capsys):
     with pytest.raises(SystemExit):
         benchmarks["__main__"].main(["speed"])
     assert "no subject 'speed'; there are generation, " in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- on a GPU
+@pytest.fixture
+def card(benchmarks, monkeypatch):
+    """A device that is this CPU, as far as the benchmarks ask; torch's compiler only traces."""
+
+    class Card(benchmarks["device"].Cuda):
+        type = "cpu"
+        backend = "eager"
+        peak = 0
+
+        def machine(self):
+            return {"": "a card of paper", "driver": "1.2", "tf32": "off"}
+
+        def synchronize(self):
+            pass
+
+        def seconds(self, work, calls=1):
+            start = time.perf_counter()
+            for _ in range(calls):
+                work()
+            return (time.perf_counter() - start) / calls
+
+        def peak_memory(self, work):
+            work()
+            self.peak += 1000
+            return self.peak
+
+        def free(self):
+            pass
+
+    found = Card()
+    monkeypatch.setattr(benchmarks["device"], "find", lambda: found)
+    return found
+
+
+def run_on(benchmarks, folder, *arguments):
+    benchmarks["__main__"].main(["--device", "cuda", "--out", str(folder), *arguments])
+
+
+CUDA = (
+    "training",
+    "inference",
+    "lstm",
+    "hyperlstm",
+    "generation",
+    "memory",
+    "compiled",
+    "peers",
+    "others",
+)
+
+
+def test_a_gpu_has_these_subjects(benchmarks):
+    assert tuple(benchmarks["cuda"].SUBJECTS) == CUDA
+
+
+@pytest.mark.parametrize("subject", [name for name in CUDA if name != "peers"])
+def test_a_subject_of_a_gpu_runs(subject, benchmarks, card, tmp_path):
+    run_on(benchmarks, tmp_path, "--quick", subject)
+    check_files(tmp_path, subject)
+    assert ", a card of paper, driver 1.2, tf32 off, " in table(tmp_path)
+    assert results(tmp_path)["settings"]["device"]["driver"] == "1.2"
+    assert not [row for row in rows_of(tmp_path, subject) if row["note"].startswith("failed")]
+
+
+def rows_of(folder, subject):
+    return results(folder)["subjects"][subject]["rows"]
+
+
+def test_peers_on_a_gpu(benchmarks, card, tmp_path, monkeypatch):
+    peers = benchmarks["peers"]
+
+    def generator(dense, plan):
+        weights = [nn.Parameter(torch.zeros(p.site.shape)) for p in plan.sites]
+        return peers.Made(lambda: [weight * 2 for weight in weights], weights, dense)
+
+    monkeypatch.setattr(peers, "PEERS", {"generator": ("torch", generator)})
+    run_on(benchmarks, tmp_path, "--quick", "peers")
+    rows = rows_of(tmp_path, "peers")
+    assert len(rows) == len(peers.WORKS)
+    assert all(row["subject"] for row in rows)
+    made = peers._on("meta", lambda dense, plan: peers.Made(list, [], nn.Linear(2, 2)))
+    assert made(None, None).network.weight.is_meta
+
+
+def test_all_models_of_a_gpu_can_be_made(benchmarks):
+    cuda = benchmarks["cuda"]
+    groups = [value for name, value in vars(cuda).items() if name.isupper()]
+    cases = [c for g in groups if isinstance(g, tuple) for c in g if isinstance(c, cuda.Case)]
+    assert len(cases) > 15
+    for case in {case.model: case for case in cases}.values():
+        with torch.device("meta"):
+            dense, inputs = case.make()
+            assert case.hyperize(dense, "factorized") is not dense
+            assert len(inputs) == case.batch
+
+
+@pytest.mark.parametrize("subject", ["training", "inference", "compiled", "others"])
+def test_the_full_subjects_do_as_the_quick_ones(subject, benchmarks, card, monkeypatch):
+    cuda = benchmarks["cuda"]
+    effort = benchmarks["timing"].QUICK
+    monkeypatch.setattr(cuda, "FULL", effort)
+    monkeypatch.setattr(cuda, "REPETITION", 0)
+    for name in ("TRAINING", "INFERENCE", "OTHER_TRAINING", "OTHER_INFERENCE"):
+        monkeypatch.setattr(cuda, name, cuda.SMALL[:1])
+    for name in ("COMPILED", "OTHER_COMPILED", "OTHER_COMPILED_INFERENCE"):
+        monkeypatch.setattr(cuda, name, cuda.SMALL_COMPILED[:1])
+    rows = list(cuda.SUBJECTS[subject](cuda.Bench(card)))
+    assert all(len(row.subject) == effort.least for row in rows)
+    assert not [row.name for row in rows if not row.subject]
+
+
+def test_what_fails_is_a_row_and_the_run_goes_on(benchmarks, card):
+    cuda, calls = benchmarks["cuda"], []
+
+    def fails():
+        raise torch.OutOfMemoryError("no memory\nat all")
+
+    def fails_late():
+        calls.append(0)
+        if len(calls) > cuda.WARM_UP + 1:
+            raise RuntimeError("late")
+
+    bench = cuda.Bench(card, quick=True)
+    makers = {"dense": lambda: lambda: None, "a": fails, "b": lambda: lambda: None}
+    pairs = [cuda.Pair("a / dense", "a"), cuda.Pair("b / dense", "b"), cuda.Pair("a / b", "a", "b")]
+    a, b, both = cuda.compare(bench, pairs, makers)
+    assert a.note == both.note == "failed: OutOfMemoryError: no memory"
+    assert not a.subject
+    assert len(b.subject) == 2
+    late = cuda.compare(bench, pairs[:1], makers | {"a": lambda: fails_late})
+    assert late[0].note == "failed: RuntimeError: late"
+    case = cuda.Case("no_such_model", 32, 2, 1.0)
+    rows = [*cuda._training(bench, [case]), *cuda._inference(bench, [case])]
+    assert len(rows) == 6
+    assert all(row.note.startswith("failed: ") for row in rows)
+    assert gc.isenabled()
+
+
+def test_nothing_is_begun_that_would_end_too_late(benchmarks, card, tmp_path, monkeypatch, capsys):
+    cuda = benchmarks["cuda"]
+    monkeypatch.setattr(cuda, "FULL", benchmarks["timing"].QUICK)
+    monkeypatch.setattr(cuda, "TRAINING", cuda.SMALL[:1])
+    run_on(benchmarks, tmp_path, "training", "--seconds", "1")
+    rows = rows_of(tmp_path, "training")
+    assert all(row["note"].startswith("not measured: no time left") for row in rows)
+    run_on(benchmarks, tmp_path, "training")  # which has more time, and is not kept from it
+    assert all(row["subject"] for row in rows_of(tmp_path, "training"))
+    run_on(benchmarks, tmp_path, "training")
+    assert "training: kept, of" in capsys.readouterr().out
+    bench = cuda.Bench(card, seconds=60, slowest=70)  # compiling has taken longer than is left
+    assert cuda.is_short([{"note": row.note} for row in cuda.compiled(bench)])
+
+
+def test_without_a_device_there_is_one_line(benchmarks, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as error:
+        run_on(benchmarks, tmp_path)
+    assert error.value.code == (
+        "python -m benchmarks: error: --device cuda: torch sees no CUDA device"
+    )
+
+
+def test_a_device_is_asked_as_torch_has_it(benchmarks, monkeypatch, tmp_path):
+    """With all that only CUDA has replaced, by names that torch must have."""
+    device, log = benchmarks["device"], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def synchronize(self):
+            log.append("waited")
+
+        def elapsed_time(self, end):
+            return 3000.0
+
+    replaced = {
+        "Event": Event,
+        "synchronize": lambda: log.append("synchronized"),
+        "empty_cache": lambda: log.append("emptied"),
+        "memory_allocated": lambda: 100,
+        "max_memory_allocated": lambda: 350,
+        "reset_peak_memory_stats": lambda: log.append("reset"),
+        "get_device_name": lambda: "a card",
+    }
+    for name, value in replaced.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert all(hasattr(torch.Event, name) for name in ("record", "synchronize", "elapsed_time"))
+    with monkeypatch.context() as during:
+        during.setattr(torch.cuda, "is_available", lambda: True)
+        found = device.find()
+    assert found.type == "cuda"
+    assert found.seconds(lambda: log.append("work"), 2) == 1.5
+    assert log == ["synchronized", "event", "work", "work", "event", "waited"]
+    log.clear()
+    assert found.peak_memory(lambda: log.append("work")) == 250
+    assert log == ["emptied", "reset", "work", "synchronized"]
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    with found.settings():
+        assert torch.backends.cudnn.benchmark
+        assert not torch.backends.cudnn.allow_tf32
+    assert before == (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32)
+
+    monkeypatch.setattr(device, "DRIVER", tmp_path / "version")
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    assert found.machine()["driver"] == "unknown"
+    device.DRIVER.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat\n")
+    facts = device.facts(found, "all of it")
+    assert facts[""] == "a card"
+    assert facts["driver"] == "535.104.05"
+    command = tmp_path / "nvidia-smi"
+    command.write_text("#!/bin/sh\necho 580.1\n")
+    command.chmod(0o755)
+    monkeypatch.setattr(device.shutil, "which", lambda name: str(command))
+    assert found.machine()["driver"] == "580.1"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_quick_run_on_a_gpu(benchmarks, tmp_path):
+    run_on(benchmarks, tmp_path, "--quick")
+    for subject in CUDA:
+        rows = rows_of(tmp_path, subject)
+        assert not [row["note"] for row in rows if row["note"].startswith("failed")]
+    assert torch.cuda.get_device_name() in table(tmp_path)
