@@ -77,8 +77,8 @@ def takes_triton(x: Tensor, *units: int) -> bool:
         and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
         and x.numel() > 0
         and all(size <= LARGEST for size in units)
-        # Triton compiles for no older GPU; those before 8.0 lack bfloat16
-        and _capability(x.device) >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 0))
+        # Triton compiles for hardly any older GPU; those before 8.0 lack bfloat16
+        and _capability(x.device) >= ((8, 0) if x.dtype == torch.bfloat16 else (7, 5))
     )
 
 
