@@ -196,8 +196,7 @@ class _Made:
         embeddings = [layer.embedding(name) for layer, name in members]
         self.sources = {m: (z, version_of(z)) for m, z in zip(members, embeddings, strict=True)}
         self._shared = [
-            (owner, key, param, version_of(param))
-            for owner, key, param in first.hypernet.sources()
+            (owner, key, param, version_of(param)) for owner, key, param in first.hypernet.sources()
         ]
         weights = first.hypernet.together(
             embeddings,
@@ -279,12 +278,15 @@ def like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
     """The weight, which requires a gradient under no_grad too, as a dense parameter does.
 
     torch.matmul chooses its kernel by this flag, and different kernels round differently. Without
-    it the outputs would not be those of the dense model bit for bit.
+    it the outputs would not be those of the dense model bit for bit. Under autocast the products
+    are of casts, which have no such flag; and autocast would keep the cast of each weight that has
+    it, as if it were a parameter.
     """
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if trains and not torch.is_grad_enabled() and not traced:
-        with suppress(RuntimeError):  # inside a transform of torch.func, where nothing is a leaf
-            return weight.detach().requires_grad_()  # detached, as a view's views do not say so
+    if not trains or torch.is_grad_enabled() or traced or _autocast_dtype(weight.device.type):
+        return weight
+    with suppress(RuntimeError):  # inside a transform of torch.func, where nothing is a leaf
+        return weight.detach().requires_grad_()  # detached, as a view's views do not say so
     return weight
 
 

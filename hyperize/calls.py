@@ -1,4 +1,4 @@
-"""When the weights of a model are generated together: in each call of it, or where the user says so.
+"""When the weights of a model are generated together: in each call, or where the user says so.
 
 A hyperized model has two hooks. On an accelerator they open a cache (`hyperize.caching`) when the
 model is called, and close it when the call ends.

@@ -26,7 +26,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 LARGE = 2**22
 """On an accelerator, weights with fewer elements than this are made: they take fewer launches."""
 HUGE = 2**24
-"""A compiler, which does not know the input's size, takes factors from this number of elements on."""
+"""A compiler, which does not know the size of inputs, takes factors from this number on."""
 
 
 class Factoring(NamedTuple):

@@ -290,7 +290,7 @@ class OneLayer(Family):
     def stacked(
         self, net: Net, stack: Stack, z: Sequence[Tensor], constants: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """What the head multiplies for several weights: scaled rows (R, d), scale and offset (R, 2).
+        """What the head multiplies: the scaled rows of all (R, d), their scales and offsets (R, 2).
 
         Args:
             net: The hypernetwork.
@@ -546,7 +546,7 @@ def with_ones(x: Tensor) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right.T in a dtype.
+    """The product left @ right.T in a dtype.
 
     A bfloat16 has the range of a float32, so that the factors can be rounded to it. A float16 has
     not, and sums over many tiles in the backward pass would overflow: only the result becomes one.

@@ -153,8 +153,8 @@ class HyperNet(nn.Module):
                 return self._generate(embedding, constants, grid)
         with _no_autocast(embedding.device.type):
             site = self._site(embedding, constants, grid)
-            weight = grid.join(linear(*self.family.factors(self, site)))
-            return like_a_parameter(weight.to(embedding.dtype), embedding.requires_grad)
+            weight = grid.join(linear(*self.family.factors(self, site))).to(embedding.dtype)
+        return like_a_parameter(weight, embedding.requires_grad)
 
     def together(
         self,
@@ -183,7 +183,7 @@ class HyperNet(nn.Module):
                 weights = [weight.to(first.dtype) for weight in weights]
             else:
                 weights = self.family.together(self, sites, dtype)
-            return [like_a_parameter(weight, first.requires_grad) for weight in weights]
+        return [like_a_parameter(weight, first.requires_grad) for weight in weights]
 
     def squares(
         self, embeddings: Sequence[Tensor], constants: Sequence[Tensor], grids: Sequence[Grid]

@@ -196,8 +196,9 @@ class Stack:
 
     def __init__(self, grids: Sequence[Grid]) -> None:
         self.grids = grids
-        # By the backward pass that is running; all, if nothing tells of single weights
-        self.reached = [True] * len(grids)
+        # Which weights the running backward pass has reached; all, if nothing tells of single ones
+        self._unknown = [True] * len(grids)
+        self.reached = list(self._unknown)
 
     def collect(self, embeddings: Sequence[Tensor]) -> Tensor:
         """The embeddings, one weight's below the other's: (sum of tiles, Nz)."""
@@ -209,14 +210,18 @@ class Stack:
 
         All grids have one width, or a single row that is not longer than the others'.
         """
-        self.reached = [False] * len(self.grids)
         return list(_Divide.apply(self, rows))
 
     def mark(self, at: int, weight: Tensor) -> Tensor:
         """A weight that was not made by `divide`."""
-        self.reached[at] = False
+        self._unknown[at] = self.reached[at] = False
         result: Tensor = _Mark.apply(self, at, weight)
         return result
+
+    def told(self) -> list[bool]:
+        """Which weights the backward pass that ends has reached; forgotten for the next one."""
+        reached, self.reached = self.reached, list(self._unknown)
+        return reached
 
     def _unite(self, gradients: Sequence[Tensor | None], shape: torch.Size) -> Tensor:
         """The gradient of the rows; zero where weights have none, and where rows have padding."""
@@ -243,9 +248,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        reached = ctx.stack.reached
-        ctx.stack.reached = [False] * len(reached)
-        parts = zip(gradient.split(ctx.sizes), reached, strict=True)
+        parts = zip(gradient.split(ctx.sizes), ctx.stack.told(), strict=True)
         return None, *(part if was else None for part, was in parts)
 
 

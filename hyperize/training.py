@@ -204,10 +204,10 @@ def _squares(hypernet: HyperNet, records: list[_Record]) -> Tensor:
 def generated_l2(hyper: nn.Module) -> Iterator[GeneratedL2]:
     """Keeps the weights that are generated inside the block, for an L2 penalty on them.
 
-    Which weights count is what the forward pass read. The sum is not taken over them, but computed
-    from the embeddings and the hypernetwork: the squared norm of a product of two matrices follows
-    from their Gram matrices, which are small. It works with modules used several times, under autocast, and with non-reentrant checkpointing.
-    Forward passes that other threads run meanwhile are left out.
+    The weights that the forward pass read count. The sum is not taken over them, but computed from
+    embeddings and hypernetwork: the squared norm of a product of two matrices follows from their
+    Gram matrices, which are small. It works with modules used several times, under autocast, and
+    with non-reentrant checkpointing. Forward passes that other threads run meanwhile are left out.
 
         with generated_l2(hyper) as l2:
             loss = F.cross_entropy(hyper(images), labels)

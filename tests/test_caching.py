@@ -182,7 +182,7 @@ def test_under_autocast_weights_are_made_in_its_dtype(accelerated):
     seen = {}
     for path, layer in generated_layers(hyper).items():
         layer._forward = _noting(layer, seen, path)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16), cached(hyper):
         hyper(torch.randn(2, 3, 16, 16))
         assert hyper.stem.weight.dtype == torch.float32  # whoever reads it from outside
     assert set(seen.values()) == {torch.bfloat16}
@@ -207,6 +207,28 @@ def _noting(layer, seen, path):
             del layer.__dict__["generate"]
 
     return run
+
+
+def test_autocast_keeps_no_cast_of_a_weight():
+    """It keeps those of leaves that require a gradient, for as long as its region lasts."""
+    hyper = hyperize(Convolutions(), compression=3)
+    with torch.no_grad():
+        assert hyper.stem.generate("weight").requires_grad  # as the dense parameter does
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not hyper.stem.generate("weight").requires_grad
+
+
+def test_sums_of_gradients_over_many_tiles_do_not_overflow_in_float16(accelerated):
+    hyper = hyperize(nn.Sequential(nn.Linear(512, 512)), targets="linear", compression=20)
+    params = list(hyper.hypernet.parameters())
+    found = []
+    for run, autocasts in ((hyper.forward, False), (hyper, True)):
+        with torch.autocast("cpu", torch.float16, enabled=autocasts):
+            y = run(torch.ones(1, 512))
+        found.append(torch.autograd.grad(30_000 * y.float().sum(), params))  # float16 can hold it
+    for wanted, got in zip(*found, strict=True):
+        assert float(wanted.abs().max()) > 65_504  # and cannot hold this
+        assert close(got, wanted, 1e-2)
 
 
 def test_a_region_without_autocast_gets_weights_in_float32(accelerated):
@@ -260,7 +282,7 @@ def test_derivatives_of_any_order(accelerated):
         assert torch.allclose(got, wanted)
 
 
-# ---------------------------------------------------------------- what a kept weight must not outlive
+# -------------------------------------------------------------- what a kept weight must not outlive
 
 
 def test_a_kept_weight_is_made_once_in_a_block(case, made):
@@ -312,6 +334,18 @@ def test_a_change_of_parameters_in_a_block_is_seen(change):
     outside = hyper(x)
     assert close(inside, outside)
     assert inside.requires_grad == outside.requires_grad
+
+
+def test_a_change_of_one_embedding_in_a_block_is_seen():
+    hyper = hyperize(UsedTwice(), compression=2)
+    x = torch.randn(2, 3, 8, 8)
+    with cached(hyper), torch.no_grad():
+        before = hyper(x)
+        hyper.last.weight_embedding.mul_(2)
+        assert not close(hyper(x), before)
+        assert close(hyper(x), hyper.forward(x))
+    with torch.no_grad():
+        assert close(hyper(x), hyper.forward(x))
 
 
 def test_weights_are_kept_for_each_mode():
@@ -374,6 +408,8 @@ def test_checkpointed_regions_repeat_what_they_did(reentrant, block, accelerated
 def test_recomputed_weights_are_not_kept(accelerated, made):
     hyper = hyperize(Convolutions(), compression=3, recompute=True)
     hyper(torch.randn(2, 3, 16, 16)).sum().backward()
+    with torch.no_grad():
+        hyper(torch.randn(2, 3, 16, 16))
     assert set(made) == {1}
 
 
@@ -410,6 +446,52 @@ def test_the_penalty_counts_what_was_reached(accelerated):
     torch.testing.assert_close(l2(), wanted, rtol=ROUNDING, atol=0)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"embeddings": "channel"},
+        {"embeddings": "channel", "trunk_axis": 1},
+        {"hidden_dim": 8},
+        {"trunk_axis": 1},
+        {"tile": (16, 16), "embedding_dim": 8, "hidden_dim": 8, "compression": None},
+        {"tile": (4, 16), "embedding_dim": 8, "hidden_dim": 8, "compression": None},
+        {"tile": (1, 50), "embedding_dim": 8, "compression": None},
+    ],
+    ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()) or "default",
+)
+@pytest.mark.parametrize("width", [20, 32])
+def test_the_penalty_of_every_family_and_padding(options, width):
+    hyper = hyperize(Convolutions(width), **{"compression": 2, "seed": 0} | options).double()
+    layers = generated_layers(hyper).values()
+    if options.get("tile") == (1, 50):
+        assert any(layer.grids["weight"].padding for layer in layers)
+    with generated_l2(hyper) as l2:
+        hyper(torch.randn(1, 3, 16, 16, dtype=torch.double))
+    value = l2()
+    wanted = sum(layer.generate("weight").square().sum() for layer in layers)
+    assert torch.allclose(value, wanted, rtol=1e-10)
+    params = [p for name, p in hyper.named_parameters() if "hypernet" in name]
+    params += [layer.weight_embedding for layer in layers]
+    for _ in range(2):  # also the second time
+        got = torch.autograd.grad(value, params, retain_graph=True)
+        for a, b in zip(got, torch.autograd.grad(wanted, params, retain_graph=True), strict=True):
+            assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("embeddings", ["tile", "channel"])
+def test_a_second_backward_pass_reaches_what_it_reaches(embeddings, accelerated):
+    hyper = hyperize(Convolutions(), compression=2, embeddings=embeddings)
+    layers = list(generated_layers(hyper).values())
+    with cached(hyper):
+        weights = [layer.generate("weight") for layer in layers]
+    for reached in (0, 2, 0):
+        hyper.zero_grad()
+        weights[reached].sum().backward(retain_graph=True)
+        got = [at for at, m in enumerate(layers) if m.weight_embedding.grad is not None]
+        assert got == [reached]
+
+
 def test_hooks_on_parameters_run_once(accelerated):
     hyper = hyperize(UsedTwice(), compression=2)
     calls = []
@@ -438,8 +520,12 @@ def test_frozen_parts_get_no_gradient(accelerated):
     got = gradients(hyper, hyper(x))
     frozen = {name for name, p in hyper.named_parameters() if not p.requires_grad}
     assert {name for name, g in got.items() if g is None} == frozen
-    with torch.no_grad():
-        assert hyper.layer1[0].conv1.weight.requires_grad is False
+    assert not hyper.layer1[0].conv1.weight.requires_grad
+    assert hyper.layer1[0].conv2.weight.requires_grad
+    with cached(hyper):  # of which one product makes the weights that train, and one the others
+        hyper(x)
+        assert not hyper.layer1[0].conv1.weight.requires_grad
+        assert hyper.layer1[0].conv2.weight.requires_grad
 
 
 # ------------------------------------------------------------------------------- threads, accidents

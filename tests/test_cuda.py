@@ -1,7 +1,7 @@
 """hyperize on a GPU: `pytest -m cuda`. Everything here is skipped without one.
 
-On a GPU the weights of a model are made together in each call, as tests/test_caching.py checks on the
-CPU in all its cases. Here are the kernels, dtypes, graphs and memory of the device itself.
+On a GPU the weights of a model are made together in each call, as tests/test_caching.py checks on
+the CPU in all its cases. Here are the kernels, dtypes, graphs and memory of the device itself.
 """
 
 import copy
@@ -124,7 +124,9 @@ def test_other_dtypes(dtype):
     x = images("resnet18").to(dtype)
     dense = to_dense(hyper)
     assert torch.equal(hyper(x), dense(x))
-    assert all(g.dtype == dtype for g in gradients(hyper, hyper(x).float().square().mean()).values())
+    assert all(
+        g.dtype == dtype for g in gradients(hyper, hyper(x).float().square().mean()).values()
+    )
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])

@@ -206,7 +206,9 @@ def factorable(model):
 def embeddings_of(model, factorable):
     """The embeddings, by identity, of all layers that use factors, or of all that do not."""
     layers = generated_layers(model).values()
-    return {id(m.embedding(n)) for m in layers if bool(m.factoring) is factorable for n in m.generated}
+    return {
+        id(m.embedding(n)) for m in layers if bool(m.factoring) is factorable for n in m.generated
+    }
 
 
 def pair(name, dtype=torch.double, **options):
