@@ -226,9 +226,8 @@ def test_sums_of_gradients_over_many_tiles_do_not_overflow_in_float16(accelerate
         with torch.autocast("cpu", torch.float16, enabled=autocasts):
             y = run(torch.ones(1, 512))
         found.append(torch.autograd.grad(30_000 * y.float().sum(), params))  # float16 can hold it
-    for wanted, got in zip(*found, strict=True):
-        assert float(wanted.abs().max()) > 65_504  # and cannot hold this
-        assert close(got, wanted, 1e-2)
+    assert float(found[0][1].abs().max()) > 65_504  # and cannot hold this, of the head's bias
+    assert all(close(got, wanted, 1e-2) for wanted, got in zip(*found, strict=True))
 
 
 def test_a_region_without_autocast_gets_weights_in_float32(accelerated):
