@@ -127,6 +127,11 @@ class _Cell(nn.Module):
             if shift is not None:
                 shift.zero_()
 
+    def _in_order(self) -> list[Tensor | None]:
+        """The parameters as `WEIGHTS` has them, contiguous also after a move to channels_last."""
+        found = (getattr(self, name) for name in WEIGHTS)
+        return [None if weight is None else weight.contiguous() for weight in found]
+
     @property
     def state_sizes(self) -> tuple[int, ...]:
         """Features of each state."""
@@ -337,7 +342,7 @@ class HyperLSTMCell(_Cell):
         (h, c), (size, small) = state, (self.hidden_size, self.hyper_size)
         s0 = torch.cat((h, c[:, size : size + small]), 1)
         c0 = torch.cat((c[:, :size], c[:, size + small :]), 1)
-        weights = [x.new_empty(0) if (w := getattr(self, n)) is None else w for n in WEIGHTS]
+        weights = [x.new_empty(0) if w is None else w for w in self._in_order()]
         mask = x.new_empty(0)
         if self.training and self.recurrent_dropout:
             ones = x.new_ones(*x.shape[:2], size)
@@ -441,7 +446,7 @@ class HyperRNNCell(_Cell):
         self, x: Tensor, state: tuple[Tensor, ...], lengths: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Runs a sequence from its first step to its last; as HyperLSTMCell's, with one state."""
-        weights = [getattr(self, name) for name in WEIGHTS]
+        weights = self._in_order()
         relu = self.nonlinearity == "relu"
         sequence = None
         if takes_triton(x, self.hidden_size, self.hyper_size):

@@ -980,3 +980,19 @@ def test_dynamic_configs_round_trip_through_json():
     for form in ("dynamic", {"a.*": "dynamic", "b": "static"}):
         config = HyperConfig(lstm=form, lstm_options=OPTIONS)
         assert HyperConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("kind", [HyperLSTM, HyperRNN])
+def test_a_move_to_channels_last_changes_nothing(kind):
+    layer = kind(12, 20, hyper_size=8, embedding_dim=3)
+    x = torch.randn(5, 2, 12)
+    wanted = layer(x)[0]
+    wanted.sum().backward()
+    gradients = [p.grad.clone() for p in layer.parameters()]
+    layer.zero_grad()
+    layer.to(memory_format=torch.channels_last)
+    got = layer(x)[0]
+    got.sum().backward()
+    assert torch.equal(got, wanted)
+    for param, gradient in zip(layer.parameters(), gradients, strict=True):
+        assert torch.equal(param.grad, gradient)

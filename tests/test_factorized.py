@@ -29,7 +29,7 @@ from hyperize import (
     save,
 )
 from hyperize import plan as plans
-from hyperize.factorized import expand, multiply
+from hyperize.factorized import Factoring, expand, multiply
 from hyperize.hypernet import HyperNet
 from hyperize.parts import find_groups, generated_layers
 from hyperize.sites import is_plain
@@ -555,3 +555,31 @@ def test_the_report_says_what_is_not_generated():
 def test_it_is_true_or_false():
     with pytest.raises(ConfigError, match="factorized"):
         HyperConfig(factorized="yes")
+
+
+@pytest.mark.parametrize(
+    ("weights", "layer", "shape", "pays"),
+    [
+        (2**24, nn.Linear(4096, 4096), (8, 4096), True),
+        (2**24, nn.Linear(4096, 4096), (2**18, 4096), False),  # more between than in the weight
+        (2**20, nn.Linear(1024, 1024), (8, 1024), False),  # launches cost more
+        (2**22, nn.Conv2d(1024, 4096, 1), (1, 1024, 7, 7), True),
+        (2**22, nn.Conv2d(1024, 4096, 1), (64, 1024, 112, 112), False),
+        (2**22, nn.Conv2d(1024, 4096, 1, stride=16), (4, 1024, 112, 112), True),
+    ],
+)
+def test_on_an_accelerator_factors_are_for_large_weights_and_few_positions(
+    weights, layer, shape, pays
+):
+    factoring = Factoring(weights, between=100)
+    assert factoring.pays(layer, torch.empty(shape, device="meta")) is pays
+    assert factoring.pays(layer, torch.empty(1, *shape[1:]))  # on a CPU in any case
+
+
+def test_a_layer_too_small_for_factors_on_an_accelerator_makes_its_weight():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(512, 512))
+        hyper = hyperize(model, targets="linear", compression=20, factorized=True)
+        assert hyper[0].factoring is not None
+        assert hyper(torch.empty(2, 512)).shape == (2, 512)
+    assert not hyper[0].may_multiply

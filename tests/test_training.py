@@ -350,6 +350,20 @@ def test_only_a_hyperized_model_has_generated_weights(model):
         pass
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [(torch.optim.AdamW, {}), (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})],
+    ids=["AdamW", "SGD"],
+)
+@pytest.mark.parametrize("made", ["fused", "foreach"])
+def test_the_groups_suit_fused_optimizers(hyper, x, optimizer, options, made):
+    optimizer = optimizer(param_groups(hyper, 0.1), **{made: True}, **options)
+    before = {name: p.detach().clone() for name, p in hyper.named_parameters()}
+    loss_of(hyper(x)).backward()
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in hyper.named_parameters())
+
+
 def test_the_hook_goes_with_the_block(hyper, x):
     with generated_l2(hyper) as l2:
         assert len(hyper.hypernet._forward_hooks) == 1
