@@ -154,6 +154,15 @@ def test_the_dense_model_has_the_same_outputs_bit_for_bit(case, accelerated):
     assert not dense._forward_hooks_always_called
 
 
+def test_a_root_that_is_itself_a_layer(accelerated):
+    hyper = hyperize(nn.Conv2d(16, 32, 3), compression=3)
+    dense = to_dense(hyper)
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(hyper(x), dense(x))
+    assert not dense._forward_pre_hooks
+    assert not dense._forward_hooks
+
+
 def test_a_dense_model_of_a_block_has_the_outputs_of_the_block(case):
     hyper, x = case
     hyper.eval()
@@ -725,7 +734,7 @@ class _Count(TorchDispatchMode):
     ("name", "size", "options", "most"),
     [
         ("resnet50", 64, {}, 0.6),
-        ("resnet18", 64, {}, 1.5),
+        ("resnet18", 64, {}, 1.6),  # the same operations for fewer weights
         ("convnext_tiny", 64, {"targets": ("conv2d", "linear")}, 1.5),
         ("vit_small_patch16_224", 224, {"targets": ("conv2d", "linear")}, 0.7),
         ("mobilenetv3_large_100", 64, {}, 1.5),
