@@ -72,15 +72,6 @@ class Layer(Protocol):
     def may_multiply(self) -> bool: ...
 
 
-class _Mode(NamedTuple):
-    """What decides, beside the parameters, which tensor a read weight is."""
-
-    grad: bool
-    inference: bool
-    dtype: torch.dtype | None  # autocast's, for layers that would cast their weight to it
-    trains: bool  # whether the embedding does
-
-
 class _Surroundings(NamedTuple):
     """What must be as it was when the cache was opened."""
 
@@ -120,8 +111,7 @@ class Cache:
         self.model = model
         self._call = call
         self._surroundings = _surroundings()
-        self._chunks: dict[_Member, list[_Member]] | None = None
-        self._made: dict[tuple[int, _Mode], _Made] = {}
+        self._chunks: dict[_Member, _Chunk] | None = None
 
     def open(self) -> None:
         """Serves this thread from now on."""
@@ -133,7 +123,7 @@ class Cache:
         """Forgets the weights; who holds one keeps it."""
         if self in _open.caches:
             _open.caches.remove(self)
-        self._made.clear()
+        self._chunks = None
 
     def __enter__(self) -> None:
         self.open()
@@ -155,44 +145,57 @@ class Cache:
             x: The layer's input, whose memory format a convolution wants its weight to have.
         """
         if self._chunks is None:
-            self._chunks = {member: chunk for chunk in _chunks(self._layers) for member in chunk}
-        member = layer, name if name in layer.generated else layer.generated[0]
-        chunk = self._chunks.get(member)
-        if chunk is None or not self._serves():
+            self._chunks = {key: chunk for chunk in _chunks(self._layers) for key in chunk.names()}
+        chunk = self._chunks.get((layer, name))
+        if chunk is None or _surroundings() != self._surroundings or is_transformed():
             return None
-        z = layer.embedding(member[1])
+        return None if self.is_over() else chunk.read(layer, name, own, x)
+
+
+class _Chunk:
+    """Weights that are made by one product for each head.
+
+    Attributes:
+        members: Layers and parameters, all of one hypernetwork.
+    """
+
+    def __init__(self) -> None:
+        self.members: list[_Member] = []
+        self._made: dict[tuple[Any, ...], _Made] = {}  # by all that decides which tensor is read
+
+    def names(self) -> list[_Member]:
+        """Everything that can be read: the members, and what lies behind them."""
+        first = self.members[0][0]
+        return [*self.members, *((first, name) for name in (first.beside if first.apart else ()))]
+
+    def read(self, layer: Layer, name: str, own: bool, x: Any) -> Tensor | None:
+        """As `Cache.read`."""
+        z = layer.embedding(name if name in layer.generated else layer.generated[0])
         dtype = _autocast_dtype(z.device.type) if layer.lowered else None
         if dtype is not None and not own:
             return None  # somebody else gets the dtype of the dense parameter
-        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        mode = _Mode(grad, inference, dtype, z.requires_grad)
-        made = self._made.get((id(chunk), mode))
-        if made is None or member not in made.sources or not made.is_current(member):
-            members = [other for other in chunk if _alike(other, z)]
-            if member not in members or forward_ad._current_level >= 0:
+        grad = torch.is_grad_enabled()
+        mode = grad, torch.is_inference_mode_enabled(), dtype, z.requires_grad
+        made = self._made.get(mode)
+        if made is None or not made.is_current(layer, name, z):
+            members = [member for member in self.members if _alike(member, z)]
+            if forward_ad._current_level >= 0 or not any(other is layer for other, _ in members):
                 return None
             # Ordinary tensors in any mode, as parameters are
             with torch.inference_mode(False), torch.set_grad_enabled(grad):
-                made = self._made[id(chunk), mode] = _Made(members, mode)
+                made = self._made[mode] = _Made(members, dtype)
         return made.read(layer, name, x)
-
-    def _serves(self) -> bool:
-        if _surroundings() != self._surroundings or is_transformed():
-            return False
-        return not self.is_over()
 
 
 class _Made:
-    """Weights that were made together.
+    """Weights that were made together, with what they were made of."""
 
-    Attributes:
-        sources: The embedding of each, with its version then.
-    """
-
-    def __init__(self, members: Sequence[_Member], mode: _Mode) -> None:
+    def __init__(self, members: Sequence[_Member], dtype: torch.dtype | None) -> None:
         first = members[0][0]
         embeddings = [layer.embedding(name) for layer, name in members]
-        self.sources = {m: (z, version_of(z)) for m, z in zip(members, embeddings, strict=True)}
+        self._own = {
+            member: (z, version_of(z)) for member, z in zip(members, embeddings, strict=True)
+        }
         self._shared = [
             (owner, key, param, version_of(param)) for owner, key, param in first.hypernet.sources()
         ]
@@ -200,7 +203,7 @@ class _Made:
             embeddings,
             [layer.constants(name) for layer, name in members],
             [layer.grids[name] for layer, name in members],
-            mode.dtype,
+            dtype,
         )
         keys = list(members)
         if first.apart:
@@ -212,12 +215,13 @@ class _Made:
             trains = weights[0].requires_grad
             weights = [like_a_parameter(w, trains) for w in _in_one_buffer([*weights, *beside])]
             keys += [(first, name) for name in first.beside]
+            self._own |= {(first, name): self._own[members[0]] for name in first.beside}
         self._weights: dict[_Member, Tensor] = dict(zip(keys, weights, strict=True))
 
-    def is_current(self, member: _Member) -> bool:
-        """Whether all that a weight was made of is as it was."""
-        z, version = self.sources[member]
-        if member[0].embedding(member[1]) is not z or version_of(z) != version:
+    def is_current(self, layer: Layer, name: str, z: Tensor) -> bool:
+        """Whether a weight is here, and all that it was made of is as it was."""
+        own = self._own.get((layer, name))
+        if own is None or own[0] is not z or version_of(z) != own[1]:
             return False
         for owner, key, param, before in self._shared:
             if owner.get(key) is not param or version_of(param) != before:
@@ -225,6 +229,7 @@ class _Made:
         return True
 
     def read(self, layer: Layer, name: str, x: Any) -> Tensor:
+        """A weight, in the memory format of the layer's input."""
         weight = self._weights[layer, name]
         last = _CHANNELS_LAST.get(weight.ndim)
         if last is None or not isinstance(x, Tensor) or x.ndim != weight.ndim:
@@ -288,9 +293,9 @@ def like_a_parameter(weight: Tensor, trains: bool) -> Tensor:
     return weight
 
 
-def _chunks(layers: Iterable[Layer]) -> list[list[_Member]]:
+def _chunks(layers: Iterable[Layer]) -> list[_Chunk]:
     """The weights that are made together, in the order of the layers."""
-    filling: dict[tuple[Any, ...], list[_Member]] = {}
+    filling: dict[tuple[Any, ...], _Chunk] = {}
     sizes: dict[tuple[Any, ...], int] = {}
     done = []
     for layer in layers:
@@ -298,11 +303,11 @@ def _chunks(layers: Iterable[Layer]) -> list[list[_Member]]:
         key = (id(layer.hypernet), layer.lowered, layer if alone else None)
         for name in layer.generated:
             size = math.prod(layer.grids[name].shape)
-            if key in filling and sizes[key] + size > TOGETHER:
+            if key in filling and not layer.apart and sizes[key] + size > TOGETHER:
                 done.append(filling.pop(key))
             if key not in filling:
-                filling[key], sizes[key] = [], 0
-            filling[key].append((layer, name))
+                filling[key], sizes[key] = _Chunk(), 0
+            filling[key].members.append((layer, name))
             sizes[key] += size
     return done + list(filling.values())
 
@@ -353,11 +358,10 @@ def version_of(tensor: Tensor) -> tuple[int, int, bool]:
 
     Changes of the values of `tensor.data` cannot be seen by anyone.
     """
-    version = -1 if tensor.is_inference() else tensor._version  # inference tensors have none
-    pointer = 0
-    with suppress(RuntimeError):  # stand-ins without data
-        pointer = tensor.data_ptr()
-    return version, pointer, tensor.requires_grad
+    try:
+        return tensor._version, tensor.data_ptr(), tensor.requires_grad
+    except RuntimeError:  # inference tensors have no version, and stand-ins have no data
+        return -1, 0, tensor.requires_grad
 
 
 def _is_running(call: FrameType) -> bool:

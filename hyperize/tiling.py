@@ -258,7 +258,9 @@ class _Divide(torch.autograd.Function):
         ctx.stack, ctx.shape = stack, rows.shape
         ctx.set_materialize_grads(False)
         parts = rows.split([grid.rows * grid.parts for grid in stack.grids])
-        return tuple(grid.join(part) for grid, part in zip(stack.grids, parts, strict=True))
+        weights = (grid.join(part) for grid, part in zip(stack.grids, parts, strict=True))
+        # cuDNN has slower kernels for weights that are not aligned
+        return tuple(w.clone() if w.is_cuda and not _is_aligned(w) else w for w in weights)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[None, Tensor | None]:
@@ -277,3 +279,8 @@ class _Mark(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:
         ctx.stack.reached[ctx.at] = True
         return None, None, gradient
+
+
+def _is_aligned(part: Tensor) -> bool:
+    """Whether a part of an allocation begins at a whole multiple of 16 bytes, as cuDNN wants it."""
+    return bool(part.storage_offset() * part.element_size() % 16 == 0)
