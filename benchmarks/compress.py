@@ -17,6 +17,7 @@ trained weights have the learning rate `--lr`, those that start from scratch `--
     scratch-tile  hyperize, at its random start
     thin          a narrower network, at its random start
     dense         the network itself, at its random start
+    continued     the network itself, trained on for as long as the others
     svd           each convolution as two, by truncated SVD
     tucker        each as three, by tensorly's partial_tucker over the channels
     cp            each as four, by tensorly's parafac
@@ -132,6 +133,10 @@ def dense(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data
     return ResNet(SIZES[args.model], data.classes)
 
 
+def continued(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
+    return copy.deepcopy(teacher)
+
+
 def thin(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
     most = size(ours(teacher, ratio, args))
     torch.manual_seed(args.seed)
@@ -224,6 +229,7 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "scratch-tile": scratch("tile"),
     "thin": thin,
     "dense": dense,
+    "continued": continued,
     "svd": decomposed(svd),
     "tucker": decomposed(tucker),
     "cp": decomposed(cp),
@@ -309,7 +315,7 @@ def draw(rows: Sequence[Row], name: str, taught: float, path: Path) -> None:
     for axis, ratio in zip(axes[0], ratios, strict=True):
         shown = [row for row in rows if row.ratio == ratio]
         names = [row.method for row in shown]
-        others = ("thin", "dense", "svd", "tucker", "cp")
+        others = ("thin", "dense", "continued", "svd", "tucker", "cp")
         bars = axis.barh(
             names,
             [100 * row.after for row in shown],

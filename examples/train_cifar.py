@@ -32,7 +32,7 @@ LAYOUT = (
 )
 
 
-SIZES = {"resnet20": 3, "resnet56": 9}
+SIZES = {f"resnet{6 * n + 2}": n for n in (3, 5, 7, 9, 18)}
 """Names of CIFAR-10's own networks -> the n of `ResNet`."""
 
 
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     parser.add_argument(
         "--model",
         default="resnet20",
-        help="resnet20, resnet56, or a model of timm (default: %(default)s)",
+        help=f"{', '.join(SIZES)}, or a model of timm (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs",

@@ -1,6 +1,7 @@
 """The compression of pretrained models, on images and a teacher made here."""
 
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -455,3 +456,45 @@ def test_images_of_several_sizes(script, flags, tmp_path, capsys):
     assert f"--data-dir {tmp_path / 'mixed'}: all input arrays must have the same shape" in _error(
         capsys
     )
+
+
+# ------------------------------------------------------------------------------------ the benchmark
+def test_the_benchmark_trains_every_method_once(
+    script, root, weights, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.syspath_prepend(EXAMPLES.parent)
+    benchmark = importlib.import_module("benchmarks.compress")
+    flags = [
+        *("--data-dir", str(root), "--model", "tiny", "--checkpoint", str(weights)),
+        *("--fit-samples", "8", "--batch-size", "8", "--epochs", "1", "--ratios", "2"),
+        *("--device", "cpu", "--out", str(tmp_path / "out")),
+    ]
+    benchmark.main(flags)
+    table = capsys.readouterr().out
+    for name in benchmark.METHODS:
+        assert f"| 2x | {name} |" in table
+    results = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.json")}
+    assert len(results) == len(benchmark.METHODS)
+    counts = {r["settings"]["method"]: r["parameters"] for r in map(json.loads, results.values())}
+    dense = sum(p.numel() for p in plain_model().parameters())
+    assert counts["dense"] == counts["continued"] == dense
+    assert max(counts[name] for name in counts if name not in ("dense", "continued")) < dense
+    before = {r["settings"]["method"]: r["before"] for r in map(json.loads, results.values())}
+    assert before["continued"] == correct(_filled(weights), root)
+
+    monkeypatch.setattr(benchmark, "fine_tune", None)  # nothing is trained a second time
+    benchmark.main(flags)
+    assert capsys.readouterr().out.splitlines()[-1] == table.splitlines()[-1]
+
+
+def _filled(weights):
+    model = plain_model()
+    model.load_state_dict(load_file(weights))
+    return model
+
+
+@pytest.mark.parametrize(("name", "layers"), [(f"resnet{n}", n) for n in (20, 32, 44, 56, 110)])
+def test_the_networks_of_cifar(script, name, layers):
+    model = script.create_model(name, 10)
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) + 1 == layers
