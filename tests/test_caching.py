@@ -519,6 +519,27 @@ def test_hooks_may_scale_a_gradient(accelerated):
     same_gradients(got, {name: 2 * g for name, g in wanted.items()})
 
 
+@pytest.mark.parametrize("embeddings", ["tile", "channel"])
+def test_gradients_are_accumulated_and_changed_in_place(embeddings, accelerated):
+    hyper = hyperize(Convolutions(), compression=3, embeddings=embeddings)
+    x = torch.randn(2, 3, 16, 16)
+    once = {name: g.clone() for name, g in gradients(hyper, hyper(x)).items()}
+    hyper(x).square().mean().backward()
+    params = list(hyper.parameters())
+    same_gradients(
+        {n: p.grad for n, p in hyper.named_parameters()}, {n: 2 * g for n, g in once.items()}
+    )
+    for param in params:
+        param.grad.mul_(0.5)
+        param.grad += 0
+    same_gradients({n: p.grad for n, p in hyper.named_parameters()}, once)
+    nn.utils.clip_grad_norm_(params, 1e-3)
+    total = sum(float(p.grad.square().sum()) for p in params) ** 0.5
+    assert total == pytest.approx(1e-3, rel=1e-3)
+    hyper.zero_grad(set_to_none=False)
+    assert not any(p.grad.any() for p in params)
+
+
 def test_frozen_parts_get_no_gradient(accelerated):
     hyper = hyperize(_resnet(), compression=3)
     x = torch.randn(2, 3, 32, 32)
