@@ -193,15 +193,17 @@ class _Made:
     def __init__(self, members: Sequence[_Member], dtype: torch.dtype | None) -> None:
         first = members[0][0]
         embeddings = [layer.embedding(name) for layer, name in members]
+        constants = [layer.constants(name) for layer, name in members]
         self._own = {
-            member: (z, version_of(z)) for member, z in zip(members, embeddings, strict=True)
+            member: (z, version_of(z), c, version_of(c))
+            for member, z, c in zip(members, embeddings, constants, strict=True)
         }
         self._shared = [
             (owner, key, param, version_of(param)) for owner, key, param in first.hypernet.sources()
         ]
         weights = first.hypernet.together(
             embeddings,
-            [layer.constants(name) for layer, name in members],
+            constants,
             [layer.grids[name] for layer, name in members],
             dtype,
         )
@@ -222,6 +224,8 @@ class _Made:
         """Whether a weight is here, and all that it was made of is as it was."""
         own = self._own.get((layer, name))
         if own is None or own[0] is not z or version_of(z) != own[1]:
+            return False
+        if version_of(own[2]) != own[3]:
             return False
         for owner, key, param, before in self._shared:
             if owner.get(key) is not param or version_of(param) != before:

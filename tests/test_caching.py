@@ -351,6 +351,9 @@ def test_a_change_of_one_embedding_in_a_block_is_seen():
         before = hyper(x)
         hyper.last.weight_embedding.mul_(2)
         assert not close(hyper(x), before)
+        before = hyper(x)
+        hyper.last.weight_constants.mul_(2)
+        assert not close(hyper(x), before)
         assert close(hyper(x), hyper.forward(x))
     with torch.no_grad():
         assert close(hyper(x), hyper.forward(x))
