@@ -54,6 +54,7 @@ from compress_pretrained import Data, fine_tune, load_teacher, make_student_run,
 from compress_pretrained import make_parser as make_compress_parser
 from paper import steps_per_epoch
 from train_cifar import SIZES, ResNet
+from twins import steps_of
 
 from hyperize import fit_, hyperize
 from hyperize.parts import generated_layers
@@ -252,7 +253,8 @@ def run(
     model = METHODS[name](teacher, ratio, args, data)
     seconds = time.perf_counter() - start
     before = data.accuracy(data.predict(model))
-    student = make_student_run(model, data, argparse.Namespace(**vars(args) | {"lr": lr}))
+    steps = steps_of(args, data.train)
+    student = make_student_run(model, steps, argparse.Namespace(**vars(args) | {"lr": lr}))
     curve = []
     for epoch in range(math.ceil(student.steps / steps_per_epoch(data.train, args.batch_size))):
         fine_tune(student, teacher, data, epoch, args)

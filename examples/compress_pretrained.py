@@ -263,9 +263,8 @@ def misfit(model: nn.Module, state: dict[str, Any]) -> str:
     )
 
 
-def make_student_run(student: nn.Module, data: Data, args: argparse.Namespace) -> Run:
+def make_student_run(student: nn.Module, steps: int, args: argparse.Namespace) -> Run:
     """The student's fine-tuning, at its start."""
-    steps = steps_of(args, data.train)
     rising = max(1, round(WARM_UP * steps))
 
     def rate(step: int) -> float:
@@ -430,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
         student = hyperize(
             teacher, compression=args.compression, embeddings=args.embeddings, seed=args.seed
         )
-        run = make_student_run(student, data, args)
+        run = make_student_run(student, steps_of(args, data.train), args)
         args.out.mkdir(parents=True, exist_ok=True)
         # A run is known by the teacher's weights, not by the place where they were
         settings = settings_of(args) | {"checkpoint": digest(teacher)}

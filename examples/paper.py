@@ -72,11 +72,12 @@ def make_run(
     return Run(name, model.train(), optimizer, schedule, steps=steps, l2=l2)
 
 
-def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the flags that both experiments have."""
+def make_parser(description: str, *, data: bool = True, **defaults: Any) -> argparse.ArgumentParser:
+    """A parser with the flags that all experiments have; without data, none of a data folder."""
     parser = argparse.ArgumentParser(description=description)
     flag = parser.add_argument
-    flag("--data-dir", type=Path, required=True, help="folder of the images")
+    if data:
+        flag("--data-dir", type=Path, required=True, help="folder of the images")
     flag(
         "--out",
         type=Path,

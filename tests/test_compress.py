@@ -303,7 +303,7 @@ def test_the_learning_rate(script, root):
         ["--data-dir", "x", "--pretrained", "--steps", "50", "--lr", "2"]
     )
     student = hyperize.hyperize(plain_model(), compression=2)
-    run = script.make_student_run(student, script.Data(train, train, None), args)
+    run = script.make_student_run(student, script.steps_of(args, train), args)
     rates = []
     for _ in range(run.steps):
         rates.append(run.optimizer.param_groups[0]["lr"])
