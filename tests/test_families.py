@@ -108,7 +108,7 @@ def test_it_is_saved_and_loaded_equal(toy, tmp_path):
 
 def test_it_computes_with_factors(toy):
     hyper = hyperize(randomise(wide()), toy.replace(factorized=True))
-    assert any(layer.factorable for layer in generated_layers(hyper).values())
+    assert any(layer.factoring for layer in generated_layers(hyper).values())
     x = torch.randn(2, 3, 8, 8)
     dense = to_dense(hyper)(x)
     assert not torch.equal(hyper(x), dense)

@@ -1013,7 +1013,7 @@ def test_factors_in_half_precision_do_not_overflow(embeddings):
     nn.init.normal_(dense.weight)
     options = {"compression": 20, "targets": ("linear",), "embeddings": embeddings}
     hyper = rewrite(dense, factorized=True, seed=0, **options).half()
-    assert hyper.factorable
+    assert hyper.factoring
     x = torch.randn(4, 1024)
     x = (x * 30000 / to_dense(hyper).float()(x).abs().max()).half()
     exact = to_dense(hyper)(x)
