@@ -209,16 +209,14 @@ def test_model_is_not_changed(dense, tmp_path):
     hyper = small(seed=1).train()
     hyper.conv1.eval()
     flags = [m.training for m in hyper.modules()]
-    state = copy.deepcopy(hyper.state_dict())
+    state, hooks = copy.deepcopy(hyper.state_dict()), hooks_of(hyper)
     x = images().requires_grad_()
     random = torch.get_rng_state()
     export_onnx(hyper, tmp_path / "model.onnx", x, dense=dense)
     assert torch.equal(torch.get_rng_state(), random)
     assert [m.training for m in hyper.modules()] == flags
     assert same(hyper.state_dict(), state)
-    assert not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in hyper.modules()
-    )
+    assert hooks_of(hyper) == hooks
     hyper(images()).sum().backward()
     assert all(p.grad is not None for p in hyper.parameters())
 
@@ -291,6 +289,15 @@ def test_models_without_an_onnx_form_are_refused(tmp_path, monkeypatch):
     refused(ModelError, "proj_size=8", tmp_path, projecting, sequence)
     monkeypatch.setattr(export, "LARGEST_ONNX", 10_000)
     refused(ModelError, "2 GiB. Use dense=False", tmp_path, small(), x)
+
+
+def hooks_of(model):
+    tables = (
+        table
+        for m in model.modules()
+        for table in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
+    )
+    return [hook for table in tables for hook in table.values()]
 
 
 @pytest.mark.parametrize(
