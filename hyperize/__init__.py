@@ -22,6 +22,7 @@ from hyperize.onnx import OnnxReport, export_onnx
 from hyperize.plan import Plan
 from hyperize.reporting import Report, report
 from hyperize.rewrite import dense_state_dict, hyperize, to_dense
+from hyperize.rounding import quantized
 from hyperize.search import make_plan
 from hyperize.training import generated_l2, param_groups
 
@@ -58,6 +59,7 @@ __all__ = [
     "param_groups",
     "generated_l2",
     "cached",
+    "quantized",
     "shard",
     "HyperizeError",
     "ConfigError",

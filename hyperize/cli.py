@@ -186,6 +186,7 @@ def _info(args: argparse.Namespace) -> int:
         "versions": header["versions"],
         "timm": config and {name: config.get(name) for name in ("architecture", "model_args")},
         "rounded_from": rounded,
+        "bits": sorted({bits for bits, _ in header["bits"].values()}),
     }
     if args.json:
         print(json.dumps(facts | {"report": figures.to_dict()}, indent=2))
@@ -194,7 +195,8 @@ def _info(args: argparse.Namespace) -> int:
         print(f"{args.file}: {facts['bytes']:,} bytes, checksum right, written by {made}")
         print(f"model: {config['architecture'] + ' of timm' if config else plans[0].model}")
         if rounded:
-            print(f"parameters are rounded, from {', '.join(rounded)}")
+            bits = "".join(f", matrices to {bits} bits" for bits in facts["bits"])
+            print(f"parameters are rounded, from {', '.join(rounded)}{bits}")
         print(f"\n{figures}")
     if args.html:
         figures.to_html(args.html)
@@ -386,8 +388,10 @@ def _megabytes(path: str | Path) -> str:
     return f"{Path(path).stat().st_size / 1e6:.1f} MB"
 
 
-def _dtype(args: argparse.Namespace) -> torch.dtype | None:
-    return getattr(torch, args.dtype) if args.dtype else None
+def _dtype(args: argparse.Namespace) -> Any:
+    """As `save` takes it; bits have no dtype of torch."""
+    in_bits = args.dtype in ("int8", "int4")
+    return args.dtype if in_bits or not args.dtype else getattr(torch, args.dtype)
 
 
 def _count(text: str) -> int:
@@ -491,6 +495,12 @@ def _parser() -> argparse.ArgumentParser:
     rounding.add_argument(
         "--dtype", choices=("float16", "bfloat16"), help="round the parameters for the file"
     )
+    few_bits = argparse.ArgumentParser(add_help=False)
+    few_bits.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "int8", "int4"),
+        help="round the parameters for the file; in int8 it is a quarter as long",
+    )
 
     command = add(
         "report",
@@ -513,7 +523,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "fit",
         _fit,
-        [model, request, output, rounding, force],
+        [model, request, output, few_bits, force],
         "fit a generator to a timm model's trained weights",
         "hyperize fit resnet18 --checkpoint resnet18.safetensors --data-dir images --out "
         "hyper.safetensors",

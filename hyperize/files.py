@@ -26,6 +26,7 @@ from hyperize.layers import CONSTANTS, HYPERNET
 from hyperize.parts import find_groups, generated_layers
 from hyperize.plan import Plan
 from hyperize.rewrite import apply_plans, to_dense
+from hyperize.rounding import decode, encode, is_matrix, pack, unpack
 from hyperize.sites import structural_copy
 from hyperize.timm_models import describe
 from hyperize.writing import replacing
@@ -34,8 +35,10 @@ __all__ = ["FileReport", "load", "read_header", "save", "write_dense"]
 
 PathLike = str | os.PathLike[str]
 
-FORMAT = 2
-"""Version of the checkpoint file: its state-dict keys and its header."""
+FORMAT, IN_BITS = 2, 3
+"""Versions of the checkpoint file, its state-dict keys and its header: of floats, and in bits."""
+STEP = ":step"
+"""Suffix of the tensor with the steps of a parameter's rows, in files in bits."""
 LONGEST_HEADER = 2**25
 """Bytes; the plan of ten thousand layers has a tenth of it. Parsing takes memory in proportion."""
 _HEADER, _DIGEST = "hyperize", "sha256"
@@ -48,7 +51,8 @@ class FileReport:
     Attributes:
         path: The file.
         bytes: Its size.
-        dtype: Of the stored parameters, if they were rounded for the file.
+        dtype: Of the stored parameters, if they were rounded for the file; "int8" or "int4" of
+            files in bits.
         errors: Relative error that rounding causes, by the name of each generated weight and of
             each parameter that is stored as it is: the norm of the difference over the weight's.
         recorded: The architecture that the file names for `load_timm`, if it does.
@@ -57,7 +61,7 @@ class FileReport:
 
     path: Path
     bytes: int
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype | str | None = None
     errors: Mapping[str, float] = field(default_factory=dict)
     recorded: str | None = None
     reason: str = ""
@@ -82,7 +86,7 @@ def save(
     hyper: nn.Module,
     path: PathLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     timm_args: Mapping[str, Any] | None = None,
 ) -> FileReport:
     """Writes a hyperized model to one safetensors file.
@@ -95,8 +99,10 @@ def save(
     Args:
         hyper: A hyperized model; not changed.
         path: The file to write.
-        dtype: `torch.float16` or `torch.bfloat16` to round the parameters for the file; buffers
-            are stored as they are. What is loaded has the dtypes of `hyper` again.
+        dtype: `torch.float16` or `torch.bfloat16` to round the parameters for the file; or "int8"
+            or "int4", which rounds matrices to multiples of a step for each row, and vectors to
+            float16 (see `quantized`). Buffers are stored as they are. What is loaded has the
+            dtypes of `hyper` again.
         timm_args: Arguments of timm.create_model besides those that timm keeps with the model.
 
     Returns:
@@ -105,8 +111,8 @@ def save(
     Raises:
         ModelError: The model is not hyperized, is on meta, or is wrapped or sharded; or its state
             dict holds something other than tensors.
-        ConfigError: `dtype` is another one, or cannot hold the values; `timm_args` do not make
-            this model.
+        ConfigError: `dtype` is another one, or cannot hold the values; a parameter has a name that
+            the file needs; `timm_args` do not make this model.
         FileError: The file cannot be written.
     """
     plans = [group.plan for group in find_groups(hyper)]
@@ -117,20 +123,25 @@ def write(
     hyper: nn.Module,
     plans: list[Plan],
     target: Path,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     timm_config: dict[str, Any] | None,
     reason: str,
 ) -> FileReport:
     """`save` with the plans, and with what `hyperize.timm_models.describe` has found."""
     state = _tensors(hyper)
-    stored, dtypes = _rounded(hyper, state, dtype)
+    bits: dict[str, list[Any]] = {}
+    if dtype in ("int8", "int4"):
+        stored, values, dtypes, bits = _in_bits(hyper, state, 8 if dtype == "int8" else 4)
+    else:
+        stored, dtypes = _rounded(hyper, state, dtype)
+        values = stored
     header = {
-        "format": FORMAT,
+        "format": IN_BITS if bits else FORMAT,
         "versions": {name: _version(name) for name in ("hyperize", "torch", "timm")},
         "plans": [plan.to_dict() for plan in plans],
         "dtypes": dtypes,
         "timm": timm_config,
-    }
+    } | ({"bits": bits} if bits else {})
     header[_DIGEST] = _digest(header, stored)
     with replacing(target) as part:
         # One entry, as safetensors writes several in no fixed order
@@ -139,7 +150,7 @@ def write(
         path=target,
         bytes=target.stat().st_size,
         dtype=dtype,
-        errors=_errors(hyper, state, stored) if dtype else {},
+        errors=_errors(hyper, state, values) if dtype else {},
         recorded=timm_config["architecture"] if timm_config else None,
         reason=reason,
     )
@@ -167,14 +178,14 @@ def load(model: nn.Module, path: PathLike) -> nn.Module:
 
 
 def write_dense(
-    hyper: nn.Module, path: PathLike, *, dtype: torch.dtype | None = None
+    hyper: nn.Module, path: PathLike, *, dtype: torch.dtype | str | None = None
 ) -> FileReport:
     """Writes the dense weights to a safetensors file: a state dict of the original model.
 
     Args:
         hyper: A hyperized model; not changed.
         path: The file, replaced as a whole.
-        dtype: As in `save`.
+        dtype: As in `save`, but for bits, which other libraries cannot read.
 
     Raises:
         ModelError, ConfigError, FileError: As in `save`; or the model has dynamic layers.
@@ -231,7 +242,7 @@ def _parse(metadata: Mapping[str, str], path: PathLike) -> tuple[dict[str, Any],
             f"{path} is a safetensors file, but not one that hyperize.save wrote; for a plain "
             "state dict of a hyperized model, hyperize the model first and use load_state_dict."
         ) from error
-    if written > FORMAT:
+    if written > IN_BITS:
         raise FileError(
             f"{path} has format {written}, this version of hyperize reads format {FORMAT}; upgrade "
             "hyperize."
@@ -242,7 +253,7 @@ def _parse(metadata: Mapping[str, str], path: PathLike) -> tuple[dict[str, Any],
             "Make it dense with the version that wrote it (hyperize convert)."
         )
     try:
-        header = {"timm": None, "dtypes": {}, "versions": {}} | raw
+        header = {"timm": None, "dtypes": {}, "versions": {}, "bits": {}} | raw
         header["plans"] = [Plan.from_dict(plan) for plan in header["plans"]]
         header["dtypes"] = {name: _dtype(of) for name, of in header["dtypes"].items()}
     except Exception as error:  # whatever else the text may hold
@@ -259,6 +270,10 @@ def read(path: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     if _digest(raw, state) != raw.get(_DIGEST):
         raise FileError(f"{path} is damaged: its checksum is not that of its contents.")
+    try:
+        state = _from_bits(state, header["bits"])
+    except Exception as error:  # the header may say anything of the tensors
+        raise FileError(f"{path} has tensors in bits that cannot be read: {error}") from error
     wanted = header["dtypes"]
     return header, {
         name: tensor.to(wanted[name]) if name in wanted else tensor
@@ -368,7 +383,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _rounded(
-    model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype | None
+    model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype | str | None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors as stored, and the dtypes that rounded ones had.
 
@@ -378,7 +393,10 @@ def _rounded(
     if dtype is None:
         return state, {}
     if dtype not in (torch.float16, torch.bfloat16):
-        raise ConfigError(f"dtype must be torch.float16, torch.bfloat16 or None, got {dtype!r}.")
+        raise ConfigError(
+            'dtype must be torch.float16, torch.bfloat16, "int8", "int4" or None (dense weights: '
+            f"no bits), got {dtype!r}."
+        )
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stored, dtypes = dict(state), {}
     for name in names & state.keys():
@@ -392,6 +410,60 @@ def _rounded(
                     f"{float(tensor.abs().max()):.3g}; take torch.bfloat16 or None."
                 )
     return stored, dtypes
+
+
+def _in_bits(
+    model: nn.Module, state: dict[str, Tensor], bits: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], dict[str, list[Any]]]:
+    """The tensors as stored, the values that they stand for, their dtypes, bits and shapes.
+
+    Raises:
+        ConfigError: A value is not finite, or a name is taken.
+    """
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    stored, values = dict(state), dict(state)
+    dtypes: dict[str, str] = {}
+    layout: dict[str, list[Any]] = {}
+    for name in sorted(names & state.keys()):
+        tensor = state[name]
+        if not tensor.is_floating_point():
+            continue
+        if not bool(tensor.isfinite().all()):
+            raise ConfigError(f"{name} holds values that are not finite, which have no bits.")
+        if is_matrix(tensor):
+            if name + STEP in state:
+                raise ConfigError(f"{name + STEP} is a name that a file in bits needs; rename it.")
+            numbers, step = encode(tensor, bits)
+            stored[name] = numbers if bits == 8 else pack(numbers)
+            stored[name + STEP] = step
+            layout[name] = [bits, list(tensor.shape)]
+            values[name] = decode(numbers, step, tensor.dtype)
+        elif tensor.dtype.itemsize > 2 and bool((half := tensor.half()).isfinite().all()):
+            stored[name], values[name] = half, half.to(tensor.dtype)
+        dtypes[name] = _name(tensor.dtype)
+    return stored, values, dtypes, layout
+
+
+def _from_bits(state: dict[str, Tensor], layout: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors with those in bits as float32.
+
+    Raises:
+        ValueError: They are not what the header says.
+    """
+    state = dict(state)
+    for name, (bits, sizes) in layout.items():
+        shape = tuple(int(size) for size in sizes)
+        stored, step = state[name], state.pop(name + STEP)
+        count = torch.Size(shape).numel()
+        wanted = (torch.int8, shape) if bits == 8 else (torch.uint8, (-(-count // 2),))
+        if bits not in (4, 8) or len(shape) < 2 or count == 0:
+            raise ValueError(f"{name} cannot have {bits!r} bits and the shape {shape}")
+        if (stored.dtype, tuple(stored.shape)) != wanted:
+            raise ValueError(f"{name} is {stored.dtype} {tuple(stored.shape)}, needed is {wanted}")
+        if step.dtype != torch.float32 or tuple(step.shape) != shape[:1]:
+            raise ValueError(f"{name + STEP} does not fit {name}")
+        state[name] = decode(stored if bits == 8 else unpack(stored, shape), step, torch.float32)
+    return state
 
 
 def _errors(
@@ -416,7 +488,8 @@ def _errors(
             prefix = f"{path}.{HYPERNET}" if path else HYPERNET
             generators |= {f"{prefix}.{name}" for name in layer.hypernet.state_dict()}
     for name, tensor in state.items():
-        if stored[name].dtype != tensor.dtype and name not in generators:
+        changed = stored[name].dtype != tensor.dtype or not torch.equal(stored[name], tensor)
+        if changed and name not in generators:
             errors[name] = _error(tensor, stored[name])
     return errors
 
@@ -445,7 +518,7 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _name(dtype: torch.dtype) -> str:
+def _name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 

@@ -56,7 +56,7 @@ def save_pretrained(
     folder: PathLike,
     *,
     dense: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     timm_args: Mapping[str, Any] | None = None,
 ) -> FileReport:
     """Writes a folder in the layout of the Hugging Face Hub.

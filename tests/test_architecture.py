@@ -16,7 +16,7 @@ ORDER = [
     *("config", "writing", "source", "products", "factorized", "tiling", "families", "reading"),
     "caching",
     *("layers", "kernels", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts"),
-    *("calls", "rewrite"),
+    *("calls", "rewrite", "rounding"),
     *("drawing", "page", "reporting", "timm_models", "files", "folders", "graph", "onnx"),
     *("training", "distributed", "teacher", "solver", "fitting", "cli"),
 ]
