@@ -460,7 +460,7 @@ def _from_bits(state: dict[str, Tensor], layout: Mapping[str, Any]) -> dict[str,
             raise ValueError(f"{name} cannot have {bits!r} bits and the shape {shape}")
         if (stored.dtype, tuple(stored.shape)) != wanted:
             raise ValueError(f"{name} is {stored.dtype} {tuple(stored.shape)}, needed is {wanted}")
-        if step.dtype != torch.float32 or tuple(step.shape) != shape[:1]:
+        if step.dtype not in (torch.float16, torch.float32) or tuple(step.shape) != shape[:1]:
             raise ValueError(f"{name + STEP} does not fit {name}")
         state[name] = decode(stored if bits == 8 else unpack(stored, shape), step, torch.float32)
     return state

@@ -20,6 +20,8 @@ from hyperize.parts import find_groups
 __all__ = ["quantized"]
 
 BITS = (4, 8)
+_NORMAL = torch.finfo(torch.float16).smallest_normal
+"""Below it, a float16 loses bits."""
 
 
 def encode(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -30,17 +32,23 @@ def encode(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         bits: Of a number, which goes from -(2^(bits - 1) - 1) to the same above 0.
 
     Returns:
-        int8 in the tensor's shape, and float32 (rows,). A row of zeros has the step 0.
+        int8 in the tensor's shape, and (rows,) in float16, or in float32 if that does not hold one
+        of them. A row of zeros has the step 0.
     """
     rows = tensor.detach().float().flatten(1)
-    step = rows.abs().amax(1) / (2 ** (bits - 1) - 1)
-    divisor = torch.where(step > 0, step, torch.ones_like(step))
-    return (rows / divisor[:, None]).round().to(torch.int8).view(tensor.shape), step
+    top = 2 ** (bits - 1) - 1
+    step = rows.abs().amax(1) / top
+    half = step.half()
+    if bool(((step == 0) | (half >= _NORMAL) & half.isfinite()).all()):
+        step = half
+    divisor = torch.where(step > 0, step, torch.ones_like(step)).float()
+    numbers = (rows / divisor[:, None]).round().clamp(-top, top)
+    return numbers.to(torch.int8).view(tensor.shape), step
 
 
 def decode(numbers: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """The values that `encode` has rounded to."""
-    rows = numbers.flatten(1).float() * step[:, None]
+    rows = numbers.flatten(1).float() * step.float()[:, None]
     return rows.view(numbers.shape).to(dtype)
 
 
