@@ -131,8 +131,9 @@ def draw(stages: Sequence[Stage], path: Path) -> None:
     axes = figure.subplots()
     for at, row in enumerate(stages):
         axes.plot(row.size / 1e3, 100 * row.accuracy, f"C{at}o", label=row.name)
-    axes.set(xscale="log", xlabel="length of the file (kB)", ylabel="raw pitch accuracy (%)")
-    axes.legend(frameon=False)
+    axes.set(xlabel="length of the file (kB)", ylabel="raw pitch accuracy (%)")
+    axes.set_xlim(0, 1.1e-3 * max(row.size for row in stages))
+    axes.legend(frameon=False, loc="lower right")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
