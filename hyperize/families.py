@@ -193,15 +193,6 @@ class Family:
         layers = [list[Tensor](layer.parameters()) for layer in net.children()]
         return [*embeddings, *(layer for layer in layers if layer)]
 
-    def sweep(self, problem: Any) -> None:
-        """Lowers the objective over all blocks in turn; here by conjugate gradients.
-
-        Args:
-            problem: As in `start`.
-        """
-        for block in self.blocks(problem.net, problem.z):
-            problem.descend(block)
-
     def readers(self, net: Net) -> list[nn.Module]:
         """The layers that multiply embeddings, whose weights have one column for each component."""
         return list(net.heads.children())
@@ -497,10 +488,6 @@ class Channels(Family):
 
     def split(self, grid: Grid) -> list[int]:
         return [grid.rows, grid.width]
-
-    def sweep(self, problem: Any) -> None:
-        """By closed solutions, as a CP form has them."""
-        problem.solve_products()
 
 
 FAMILIES: dict[str, Family] = {}

@@ -1,16 +1,15 @@
 """The least-squares problem of a fit, and the alternation over blocks that lowers it.
 
-The weights of all sites are affine in each block of a family, with the others held. In general a
-block is solved by conjugate gradients through the generator itself, so that padding, folding and
-every shape of site are what they are in the forward pass. Where weights are sums of products of two
-channels' embeddings and a head, blocks have closed solutions.
+The weights of all sites are affine in each block of a family, with the others held. Each block is
+solved by conjugate gradients through the generator itself, so that padding, folding and every shape
+of site are what they are in the forward pass.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import cast
@@ -22,24 +21,13 @@ from torch import Tensor
 
 from hyperize.families import eigh
 from hyperize.hypernet import Affine, HyperNet
-from hyperize.teacher import Moments, times
+from hyperize.teacher import Moments
 from hyperize.tiling import Grid
 
 __all__: list[str] = []
 
 _INNER = 5
 """Conjugate gradients per block and sweep; more of them wait for the other blocks."""
-_STEPS = 2
-"""Preconditioned conjugate gradients per block and sweep, for blocks that do not separate."""
-_RIDGE = 1e-6
-"""Added to the diagonal of a normal matrix, as a share of each of its entries.
-
-What is solved for is a change, so that the ridge makes steps smaller, and moves no optimum.
-"""
-_DAMPING = 1e-3
-"""The same of a preconditioner, which need not be exact, as a share of the mean."""
-_GRAMS = 2**24
-"""Numbers of the normal matrices of a weight's groups that are made at a time."""
 _APPROACH = 100
 """Sweeps from a random start, at most."""
 
@@ -86,12 +74,10 @@ class Problem:
         self.targets = {at: target.weight.to(dtype) for at, target in enumerate(targets)}
         # Inputs that are always zero say nothing of a weight
         self.moments = {
-            at: of.to(dtype)
+            at: Moments(of.matrix.to(dtype), of.transposed)
             for at, target in enumerate(targets)
-            if (of := target.moments) is not None and of.values.any()
+            if (of := target.moments) is not None and of.matrix.any()
         }
-        self.marginals: dict[int, Marginals] = {}
-        """What the moments of a weight are near to, for preconditioners."""
         self.constants = {at: self.targets[at].new_zeros(2) for at in self.z}
         """Scale and offset of each weight."""
         self.factor: dict[int, float] = {}
@@ -219,7 +205,8 @@ class Problem:
             for _ in range(sweeps):
                 tensors = [*self.net.parameters(), *chain.from_iterable(self.z.values())]
                 before = [tensor.clone() for tensor in tensors]
-                self.family.sweep(self)
+                for block in self.family.blocks(self.net, self.z):
+                    self._solve(block)
                 reached = self.objective() / whole
                 if reached > history[-1]:  # by rounding, at the optimum
                     for tensor, old in zip(tensors, before, strict=True):
@@ -239,8 +226,7 @@ class Problem:
         """The weighted sum of squared errors."""
         return sum(self._squares(at, self.generate(at) - self.targets[at])[0] for at in self.z)
 
-    @torch.enable_grad()
-    def descend(self, block: list[Tensor]) -> None:
+    def _solve(self, block: list[Tensor]) -> None:
         """Lowers the objective over one block by conjugate gradients with exact steps."""
         self.balance()
         for tensor in block:
@@ -317,41 +303,6 @@ class Problem:
         return gains
 
     @torch.no_grad()
-    def solve_products(self) -> None:
-        """Lowers the objective over the channels of each weight, then over the heads.
-
-        Only for the weights K_ojk = s (sum_r a_or b_jr w_kr + B_k) + t of channels.
-        """
-        self.balance()
-        for kernel in self.net.heads:
-            members = [at for at, grid in enumerate(self.grids) if grid.kernel == kernel]
-            if not members:  # all layers of a kernel size may have been replaced since
-                continue
-            head = Head(*self.net.head(kernel))
-            for at in members:
-                product = self._product(at)
-                product.solve_outer()
-                product.solve_inner(head)
-            head.solve([self._product(at) for at in members])
-
-    def _product(self, at: int) -> Product:
-        grid = self.grids[at]
-        outer, inner = self.z[at] if grid.axis == 0 else self.z[at][::-1]
-        moments = self.moments.get(at)
-        if moments is not None and at not in self.marginals:
-            self.marginals[at] = Marginals(moments, grid.elements)
-        return Product(
-            target=self.targets[at],
-            outer=outer,
-            inner=inner,
-            head=self.net.head(grid.kernel),
-            constants=self.constants[at],
-            factor=self.factor[at],
-            moments=moments,
-            marginals=None if moments is None else self.marginals[at],
-        )
-
-    @torch.no_grad()
     def balance(self) -> None:
         """Rescales each component of the embeddings to unit variance, which changes no weight.
 
@@ -389,308 +340,6 @@ class Problem:
             missed += factor * float((self.generate(at) - target).square().sum())
             whole += factor * float(target.square().sum())
         return missed, whole
-
-
-class Marginals:
-    """A Kronecker product that is near a weight's moments: of channels, and of kernels' elements.
-
-    Args:
-        moments: Of the weight.
-        elements: Of its kernel.
-
-    Attributes:
-        channels: (J, J).
-        kernel: (K, K), with the trace K.
-    """
-
-    def __init__(self, moments: Moments, elements: int) -> None:
-        self.channels, self.kernel = moments.marginals(elements)
-        self._factor: Tensor | None = None
-
-    def divide(self, x: Tensor) -> Tensor:
-        """The inverse of the channels' moments times x, (J, n)."""
-        if self._factor is None:
-            self._factor = cholesky(self.channels, _DAMPING)
-        return torch.cholesky_solve(x, self._factor.to(x.dtype))
-
-
-@dataclass
-class Product:
-    """One weight of channels, and the blocks of it that are solved on their own.
-
-    The weight is sum_r a_or b_jr w_kr with two more components for bias and offset: of [s a, s, t],
-    [b, 1, 1] and [W, B, 1]. Letters: G groups of I channels o along axis 0, J channels j along axis
-    1, K elements k of the kernel, R components r.
-
-    The moments C of a layer's inputs couple the numbers of the columns (j, k) in general, and those
-    of o where they are transposed. What is coupled on both sides of an equation alike cancels, so
-    that a closed solution remains for all blocks but those of b and W where the moments are of (j,
-    k): there a component's column is a product b_jr w_kr, of which C makes no such product. These
-    are lowered by conjugate gradients, with the Kronecker product of C's marginals as their
-    preconditioner.
-
-    Attributes:
-        target: The teacher's weight.
-        outer: a, (G * I, R); written.
-        inner: b, (J, R); written.
-        head: W, (K, R), and B, (K,).
-        constants: s and t.
-        factor: Of its errors in the objective.
-        moments: C, or None for the identity.
-        marginals: Of C.
-    """
-
-    target: Tensor
-    outer: Tensor
-    inner: Tensor
-    head: tuple[Tensor, Tensor]
-    constants: Tensor
-    factor: float
-    moments: Moments | None
-    marginals: Marginals | None
-
-    def __post_init__(self) -> None:
-        groups = 1 if self.moments is None else len(self.moments.values)
-        # (G, I, J * K)
-        self.target = self.target.reshape(groups, len(self.outer) // groups, -1)
-        self.scale, self.offset = self.constants
-        self.coupled = self.moments is not None and not self.moments.transposed
-        """Whether the moments are those of columns."""
-
-    @property
-    def cancels(self) -> bool:
-        """Whether b has a closed solution."""
-        return not self.coupled or (len(self.target) == 1 and len(self.head[1]) == 1)
-
-    def left(self) -> Tensor:
-        """[s a, s, t], (G, I, R + 2)."""
-        ends = self.constants.expand(len(self.outer), 2)
-        left = torch.cat([self.outer * self.scale, ends], 1)
-        return left.view(*self.target.shape[:2], -1)
-
-    def right(self) -> Tensor:
-        """[b, 1, 1], (J, R + 2)."""
-        return torch.cat([self.inner, self.inner.new_ones(len(self.inner), 2)], 1)
-
-    def kernel(self) -> Tensor:
-        """[W, B, 1], (K, R + 2)."""
-        weight, bias = self.head
-        return torch.cat([weight, bias[:, None], torch.ones_like(bias)[:, None]], 1)
-
-    def solve_outer(self) -> None:
-        """Sets a, whose rows have the same normal matrix within a group."""
-        right = pairs(self.right(), self.kernel())[None]  # (1, J * K, R + 2)
-        left, target, count = self.left(), self.target, self.outer.shape[1]
-        weighed = right
-        if self.coupled:
-            assert self.moments is not None
-            weighed = self.moments.times(right)
-        if len(weighed) == 1:
-            left, target = (t.flatten(0, 1)[None] for t in (left, target))
-        outer = self.outer.view(*target.shape[:2], -1)
-        for at in torch.arange(len(target)).split(max(1, _GRAMS // left.shape[2] ** 2)):
-            part = slice(int(at[0]), int(at[-1]) + 1)
-            gram = times(right.transpose(1, 2), weighed[part])
-            pull = times(target[part], weighed[part])[..., :count] - left[part] @ gram[..., :count]
-            outer[part] += solved(gram[:, :count, :count], pull) / self.scale
-
-    def solve_inner(self, head: Head) -> None:
-        """Lowers the objective over b, and tells the head what its block has to know."""
-        closed = self._close() if self.cancels else None
-        if closed is None or self.coupled:
-            residual = self._residual()
-            if closed is None:
-                self._descend(residual)
-            closed = self._open(residual)
-        head.add(self, *closed)
-
-    def _close(self) -> tuple[Tensor, Tensor]:
-        """Sets b; returns half of the head's negative gradient, and its normal matrix."""
-        left, kernel, count = self.left(), self.kernel(), self.outer.shape[1]
-        transposed = self.moments is not None and self.moments.transposed
-        weighed = left
-        if transposed:
-            assert self.moments is not None
-            weighed = self.moments.times(left)
-        left, weighed = left.flatten(0, 1), weighed[..., :-1].flatten(0, 1)
-        # (J * K, G * I) @ (G * I, R + 1)
-        along = times(self.target.flatten(0, 1).t()[None], weighed[None])[0]
-        gram = left.t() @ weighed  # (R + 2, R + 1)
-        normal = (kernel.t() @ kernel[:, :-1] * gram)[:, :count]
-        pull = over_kernel(along[:, :count], kernel[:, :count]) - self.right() @ normal
-        self.inner += solved(normal[:count], pull)
-        right = self.right()
-        normal = right.t() @ right[:, :-1] * gram
-        return over_channels(along, right[:, :-1]) - kernel @ normal, normal[:-1]
-
-    def _residual(self) -> Tensor:
-        """Half of the negative gradient over the products b_jr w_kr, (J * K, R + 1)."""
-        assert self.moments is not None
-        left, right = self.left(), pairs(self.right(), self.kernel())
-        some = left[..., :-1]
-        if left.shape[1] < left.shape[2]:  # errors are fewer than products
-            error = self.target - left @ right.t()
-            return self.moments.weigh(error).flatten(0, 1).t() @ some.flatten(0, 1)
-        along = times(self.target.transpose(1, 2), some)
-        return self.moments.times(along - right @ (left.transpose(1, 2) @ some)).sum(0)
-
-    def curve(self, change: Tensor) -> Tensor:
-        """What a change of b_jr w_kr takes from the residual, for (J * K, R) or (J * K, R + 1)."""
-        some = self.left()[..., :-1]
-        left = some[..., : change.shape[1]]
-        if self.moments is None or not self.coupled:
-            weighed = some if self.moments is None else self.moments.times(some)
-            return change @ (left.transpose(1, 2) @ weighed).sum(0)
-        if left.shape[1] < left.shape[2]:
-            errors = self.moments.weigh(left @ change.t())
-            return errors.flatten(0, 1).t() @ some.flatten(0, 1)
-        return (self.moments.times(change[None]) @ (left.transpose(1, 2) @ some)).sum(0)
-
-    def _descend(self, residual: Tensor) -> None:
-        """Lowers the objective over b by conjugate gradients, and the residual with it."""
-        assert self.marginals is not None
-        marginals, weight = self.marginals, self.head[0]
-        left = self.left().flatten(0, 1)[:, :-2]
-        normal = weight.t() @ (marginals.kernel @ weight) * (left.t() @ left)
-        self.inner += conjugate_gradients(
-            residual,
-            lambda full: over_kernel(full[:, :-1], weight),
-            lambda pull: marginals.divide(solved(normal, pull)),
-            lambda change: self.curve(pairs(change, weight)),
-        )
-
-    def _open(self, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """As `_close` returns, of which the second is exact for kernels of one element only."""
-        assert self.marginals is not None
-        left, right = self.left().flatten(0, 1)[:, :-1], self.right()[:, :-1]
-        normal = right.t() @ (self.marginals.channels @ right) * (left.t() @ left)
-        return over_channels(residual, right), normal
-
-
-class Head:
-    """W and B of a kernel size, solved for all weights of that size together.
-
-    Args:
-        weight: W, (K, R); written.
-        bias: B, (K,); written.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self.weight, self.bias = weight, bias
-        count, length = weight.shape[0], weight.shape[1] + 1
-        self.pull = weight.new_zeros(count, length)
-        """Half of the negative gradient."""
-        self.normal = weight.new_zeros(length, length)
-        self.kernel = weight.new_zeros(count, count)
-        """Moments of the elements of a kernel, over the weights."""
-        self.coupled = False
-
-    def add(self, product: Product, pull: Tensor, normal: Tensor) -> None:
-        """Counts a weight."""
-        self.pull += pull * product.factor
-        self.normal += normal * product.factor
-        share = product.factor * normal.diagonal().sum()
-        if product.coupled and product.marginals is not None:
-            self.coupled |= len(self.bias) > 1
-            self.kernel += product.marginals.kernel * share
-        else:
-            self.kernel.diagonal().add_(share)
-
-    def solve(self, products: Sequence[Product]) -> None:
-        """Sets W and B, or lowers the objective over them where moments couple a kernel."""
-
-        def curve(change: Tensor) -> Tensor:
-            total = torch.zeros_like(change)
-            for product in products:
-                right = product.right()[:, :-1]
-                pulled = product.curve(pairs(right, change))
-                total += over_channels(pulled, right) * product.factor
-            return total
-
-        if self.coupled:
-            factor = cholesky(self.kernel, _DAMPING)
-            change = conjugate_gradients(
-                self.pull,
-                lambda pull: pull,
-                lambda pull: torch.cholesky_solve(solved(self.normal, pull), factor),
-                curve,
-            )
-        else:
-            change = solved(self.normal, self.pull)
-        self.weight += change[:, :-1]
-        self.bias += change[:, -1]
-
-
-def pairs(inner: Tensor, kernel: Tensor) -> Tensor:
-    """The products b_jr w_kr, (J * K, R), of (J, R) and (K, R)."""
-    return (inner[:, None] * kernel).flatten(0, 1)
-
-
-def over_kernel(x: Tensor, kernel: Tensor) -> Tensor:
-    """The sum over k of x_jkr w_kr: (J * K, R), (K, R) -> (J, R)."""
-    return (x.view(-1, *kernel.shape) * kernel).sum(1)
-
-
-def over_channels(x: Tensor, inner: Tensor) -> Tensor:
-    """The sum over j of x_jkr b_jr: (J * K, R), (J, R) -> (K, R)."""
-    return (x.view(len(inner), -1, inner.shape[1]) * inner[:, None]).sum(0)
-
-
-def cholesky(matrix: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of a positive matrix with a share of its mean diagonal added to it."""
-    added = ridge * matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-    added = torch.where(added > 0, added, 1.0)
-    ones = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    factor, failed = torch.linalg.cholesky_ex(matrix + added[..., None, None] * ones)
-    return cholesky(matrix, 10 * ridge) if bool(failed.any()) else factor
-
-
-def solved(normal: Tensor, pull: Tensor) -> Tensor:
-    """The changes X of X N = P: (..., R, R), (..., n, R) -> (..., n, R), with a ridge."""
-    normal, wide = normal.double(), pull.double()
-    # Each component in units of its own, so that rounding and ridge touch all alike
-    unit = normal.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    unit = torch.where(unit > 0, 1 / unit, 0.0)
-    factor = cholesky(normal * unit[..., None] * unit[..., None, :], _RIDGE)
-    change = torch.cholesky_solve((wide * unit[..., None, :]).transpose(-1, -2), factor)
-    return (change.transpose(-1, -2) * unit[..., None, :]).to(pull.dtype)
-
-
-def conjugate_gradients(
-    residual: Tensor,
-    reduce: Callable[[Tensor], Tensor],
-    precondition: Callable[[Tensor], Tensor],
-    curve: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """A few steps with exact lengths, none of which raises the objective.
-
-    Args:
-        residual: Of which `reduce` makes half of the negative gradient; written.
-        reduce: Linear.
-        precondition: From a gradient to a direction.
-        curve: What a change takes from the residual.
-
-    Returns:
-        The change.
-    """
-    change = direction = torch.zeros_like(reduce(residual))
-    last = 1.0
-    for _ in range(_STEPS):
-        pull = reduce(residual)
-        better = precondition(pull)
-        gain = _dot([pull], [better])
-        if not gain > 0:
-            break
-        direction = better + gain / last * direction
-        last = gain
-        curved = curve(direction)
-        curvature = _dot([reduce(curved)], [direction])
-        if not curvature > 0:
-            break
-        length = _dot([pull], [direction]) / curvature
-        change = change + length * direction
-        residual -= length * curved
-    return change
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:

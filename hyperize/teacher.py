@@ -7,8 +7,9 @@ trace(E S E^T), where S are the second moments of the layer's inputs in the teac
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from hyperize.config import ConfigError, ModelError
-from hyperize.products import LEAST, product, takes_onednn
 from hyperize.sites import Site
 
 __all__: list[str] = []
@@ -33,118 +33,34 @@ _SAMPLES = 8192
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of the vectors that a weight multiplies, in the smaller of two forms.
+    """Second moments of the vectors that a weight multiplies.
 
     Attributes:
-        values: The moments S, (groups, columns, columns); the weight is seen as (groups, rows,
-            columns). Or the samples X, (groups, samples, columns), where these are fewer than the
-            columns, divided so that S is X^T X.
+        matrix: (groups, columns, columns); the weight is seen as (groups, rows, columns).
         transposed: The weight is seen as (groups, columns, rows) instead.
-        sampled: Whether the values are samples.
     """
 
-    values: Tensor
+    matrix: Tensor
     transposed: bool = False
-    sampled: bool = False
-
-    def times(self, x: Tensor) -> Tensor:
-        """S x for x of (groups, columns, n), or of one group in the place of all."""
-        if self.sampled:
-            return times(self.values.transpose(1, 2), times(self.values, x))
-        return times(self.values, x)
 
     def weigh(self, error: Tensor) -> Tensor:
         """E S for an error E in the weight's shape."""
-        # (columns of all groups, ...) -> (groups, columns, rows); or the other way about, as S is
-        # symmetric
-        seen = self._seen(error)
+        groups, columns, _ = self.matrix.shape
         if self.transposed:
-            return self.times(seen).reshape(error.shape)
-        if self.sampled:
-            along = times(seen, self.values.transpose(1, 2))
-            return times(along, self.values).reshape(error.shape)
-        return times(seen, self.values).reshape(error.shape)
+            # (columns of all groups, ...) -> (groups, columns, rows)
+            return (self.matrix @ error.reshape(groups, columns, -1)).view_as(error)
+        # (rows of all groups, ...) -> (groups, rows, columns)
+        return (error.reshape(groups, -1, columns) @ self.matrix).view_as(error)
 
     def norm(self, weight: Tensor) -> float:
         """Mean square of the outputs that a weight makes, summed over them."""
-        if self.sampled:
-            seen = self._seen(weight)
-            outputs = times(self.values, seen if self.transposed else seen.transpose(1, 2))
-            return float(outputs.square().sum(dtype=torch.float64))
         return max(0.0, float((weight * self.weigh(weight)).sum(dtype=torch.float64)))
 
     def norm_of_noise(self, weight: Tensor) -> float:
         """The expectation of `norm` for random values of unit variance in a weight's place."""
-        groups, _, columns = self.values.shape
-        return self._trace() * weight.numel() / (groups * columns)
-
-    def marginals(self, elements: int) -> tuple[Tensor, Tensor]:
-        """The two factors of the Kronecker product that has the same partial traces, over groups.
-
-        Args:
-            elements: Of a kernel; columns are channels times these.
-
-        Returns:
-            The moments of channels, (channels, channels), and those of elements, whose trace is
-            their number, (elements, elements).
-        """
-        groups, n, columns = self.values.shape
-        if self.sampled:
-            x = self.values.view(groups * n, -1, elements)
-            by_channel, by_element = x.transpose(1, 2).flatten(0, 1), x.flatten(0, 1)
-            channels, kernel = (product(y.t(), y) for y in (by_channel, by_element))
-        else:
-            s = self.values.sum(0).view(columns // elements, elements, -1, elements)
-            channels = s.diagonal(dim1=1, dim2=3).sum(-1)
-            kernel = s.diagonal(dim1=0, dim2=2).sum(-1)
-        trace = channels.diagonal().sum()
-        scale = torch.where(trace > 0, elements / trace, 1.0)
-        return channels / (groups * elements), kernel * scale
-
-    def to(self, dtype: torch.dtype) -> Moments:
-        """The same in another dtype."""
-        return replace(self, values=self.values.to(dtype))
-
-    def _seen(self, weight: Tensor) -> Tensor:
-        """A weight as (groups, rows, columns), or transposed."""
-        groups, _, columns = self.values.shape
-        shape = (groups, columns, -1) if self.transposed else (groups, -1, columns)
-        return weight.reshape(shape)
-
-    def _trace(self) -> float:
-        if self.sampled:
-            return float(self.values.square().sum(dtype=torch.float64))
-        return float(self.values.diagonal(dim1=1, dim2=2).sum())
-
-
-class _Sum:
-    """Moments as they grow, sample by sample; sums are not yet divided by their number."""
-
-    def __init__(self, transposed: bool) -> None:
-        self.transposed = transposed
-        self.count = 0
-        self.kept: list[Tensor] = []
-        """Samples, (groups, samples, columns), while they are fewer than columns."""
-        self.sum: Tensor | None = None
-
-    def add(self, x: Tensor) -> None:
-        """Counts more samples, (groups, samples, columns)."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        self.count += x.shape[1]
-        if self.sum is None and self.count < x.shape[2]:
-            self.kept.append(x.clone())  # the model may write into what it gave the layer
-            return
-        for part in (*self.kept, x):
-            gram = times(part.transpose(1, 2), part)
-            self.sum = gram if self.sum is None else self.sum.add_(gram)
-        self.kept.clear()
-
-    def moments(self) -> Moments:
-        if self.sum is not None:
-            return Moments(self.sum.div_(self.count), self.transposed)
-        samples = torch.cat(self.kept, 1).div_(math.sqrt(self.count))
-        self.kept.clear()
-        return Moments(samples, self.transposed, sampled=True)
+        groups, columns, _ = self.matrix.shape
+        trace = float(self.matrix.diagonal(dim1=1, dim2=2).sum())
+        return trace * weight.numel() / (groups * columns)
 
 
 def as_batches(data: Iterable[Batch]) -> list[Tensor]:
@@ -179,13 +95,20 @@ def second_moments(
     numbers: dict[str, dict[str, str]] = {}
     for site in sites:
         numbers.setdefault(site.path, {})[site.param] = site.name
-    sums: dict[str, _Sum] = {}
+    sums: dict[str, Moments] = {}
+    counts = Counter[str]()
 
     def collect(of: dict[str, str]) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             for param, vectors, transposed in _vectors(layer, args, kwargs):
-                if param in of and vectors.shape[1]:
-                    sums.setdefault(of[param], _Sum(transposed)).add(vectors)
+                if param in of:
+                    name, x = of[param], vectors
+                    x = x.to(torch.promote_types(x.dtype, torch.float32))
+                    product = x.transpose(1, 2) @ x  # (groups, columns, columns)
+                    if name in sums:
+                        product += sums[name].matrix
+                    sums[name] = Moments(product, transposed)
+                    counts[name] += x.shape[1]
 
         return hook
 
@@ -202,22 +125,13 @@ def second_moments(
                     f"the teacher cannot run a batch of shape {tuple(batch.shape)} "
                     f"({type(error).__name__}: {error}); data must hold inputs of the model."
                 ) from error
-    found = {}
-    for name in [*sums]:
-        found[name] = sums.pop(name).moments()
-        if not found[name].values.isfinite().all():
+    for name, moments in sums.items():
+        if not moments.matrix.isfinite().all():
             raise ModelError(
                 f"what {name} multiplies in the teacher is not finite for this data; check the "
                 "data and the teacher."
             )
-    return found
-
-
-def times(a: Tensor, b: Tensor) -> Tensor:
-    """The product of stacks of matrices, of which one may be a single matrix, by the faster way."""
-    if len(a) == len(b) == 1 and takes_onednn(a) and a.numel() * b.shape[2] >= LEAST:
-        return product(a[0], b[0])[None]
-    return a @ b
+    return {name: Moments(s.matrix / counts[name], s.transposed) for name, s in sums.items()}
 
 
 _Vectors = tuple[str, Tensor, bool]
