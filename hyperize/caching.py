@@ -36,6 +36,8 @@ products let the memory of the one be used for the next.
 """
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+TAKES_HOOKS = _top_hooks is not None
+"""Whether this torch exports models with hooks; those that hide the hooks on tensors do not."""
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 

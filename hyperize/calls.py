@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hyperize.caching import Cache, close_innermost, pays
+from hyperize.caching import TAKES_HOOKS, Cache, close_innermost, pays
 from hyperize.hypernet import HyperNet
 from hyperize.layers import HYPERNET, Generated
 from hyperize.parts import find_groups, generated_layers
@@ -63,8 +63,11 @@ def as_in_a_call(hyper: nn.Module) -> AbstractContextManager[Any]:
 
 
 def install(model: nn.Module) -> None:
-    """Adds the hooks to a model that refers to its hypernetwork; once."""
-    if _open_call not in model._forward_pre_hooks.values():
+    """Adds the hooks to a model that refers to its hypernetwork; once.
+
+    Not with torch 2.6, whose strict export does not take a model with hooks. `cached` works there.
+    """
+    if TAKES_HOOKS and _open_call not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_open_call)
         model.register_forward_hook(_close_call, always_call=True)
 
