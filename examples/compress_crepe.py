@@ -208,8 +208,8 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
     whole, small, dense = (args.out / f"{n}.safetensors" for n in ("float32", "hyper", "dense"))
     save(student, whole)
     save(student, small, dtype=f"int{args.bits}")
-    convert(student, dense)
     loaded = load(teacher, small).to(args.device)
+    convert(loaded, dense)
     stages = []
     for name, model, path in (
         ("teacher", teacher, dense),  # a file of its weights would be as long
@@ -221,7 +221,6 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
         stages.append(Stage(name, heard, params, path.stat().st_size))
     stages.insert(1, Stage("fitted", run.curve[0], stages[1].params, stages[1].size))
 
-    convert(loaded, dense)
     exported = copy.deepcopy(teacher)
     exported.load_state_dict(load_file(dense))
     frames, _ = tones(200, -1, args.device)
