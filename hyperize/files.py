@@ -26,7 +26,7 @@ from hyperize.layers import CONSTANTS, HYPERNET
 from hyperize.parts import find_groups, generated_layers
 from hyperize.plan import Plan
 from hyperize.rewrite import apply_plans, to_dense
-from hyperize.rounding import decode, encode, is_matrix, pack, unpack
+from hyperize.rounding import decode, encode, is_matrix, pack, rows_of, unpack
 from hyperize.sites import structural_copy
 from hyperize.timm_models import describe
 from hyperize.writing import replacing
@@ -244,13 +244,13 @@ def _parse(metadata: Mapping[str, str], path: PathLike) -> tuple[dict[str, Any],
         ) from error
     if written > IN_BITS:
         raise FileError(
-            f"{path} has format {written}, this version of hyperize reads format {FORMAT}; upgrade "
-            "hyperize."
+            f"{path} has format {written}, this version of hyperize reads formats {FORMAT} and "
+            f"{IN_BITS}; upgrade hyperize."
         )
     if written < FORMAT:
         raise FileError(
-            f"{path} has format {written}, of an older hyperize; this one reads format {FORMAT}. "
-            "Make it dense with the version that wrote it (hyperize convert)."
+            f"{path} has format {written}, of an older hyperize; this one reads formats {FORMAT} "
+            f"and {IN_BITS}. Make it dense with the version that wrote it (hyperize convert)."
         )
     try:
         header = {"timm": None, "dtypes": {}, "versions": {}, "bits": {}} | raw
@@ -418,7 +418,7 @@ def _in_bits(
     """The tensors as stored, the values that they stand for, their dtypes, bits and shapes.
 
     Raises:
-        ConfigError: A value is not finite, or a name is taken.
+        ConfigError: A value is not finite, before or after rounding, or a name is taken.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     stored, values = dict(state), dict(state)
@@ -428,8 +428,6 @@ def _in_bits(
         tensor = state[name]
         if not tensor.is_floating_point():
             continue
-        if not bool(tensor.isfinite().all()):
-            raise ConfigError(f"{name} holds values that are not finite, which have no bits.")
         if is_matrix(tensor):
             if name + STEP in state:
                 raise ConfigError(f"{name + STEP} is a name that a file in bits needs; rename it.")
@@ -440,6 +438,11 @@ def _in_bits(
             values[name] = decode(numbers, step, tensor.dtype)
         elif tensor.dtype.itemsize > 2 and bool((half := tensor.half()).isfinite().all()):
             stored[name], values[name] = half, half.to(tensor.dtype)
+        if not bool(values[name].isfinite().all()):
+            raise ConfigError(
+                f"{name} holds values that are not finite, or too large to be rounded: dtype="
+                f'"int{bits}" cannot hold them.'
+            )
         dtypes[name] = _name(tensor.dtype)
     return stored, values, dtypes, layout
 
@@ -460,9 +463,12 @@ def _from_bits(state: dict[str, Tensor], layout: Mapping[str, Any]) -> dict[str,
             raise ValueError(f"{name} cannot have {bits!r} bits and the shape {shape}")
         if (stored.dtype, tuple(stored.shape)) != wanted:
             raise ValueError(f"{name} is {stored.dtype} {tuple(stored.shape)}, needed is {wanted}")
-        if step.dtype not in (torch.float16, torch.float32) or tuple(step.shape) != shape[:1]:
-            raise ValueError(f"{name + STEP} does not fit {name}")
-        state[name] = decode(stored if bits == 8 else unpack(stored, shape), step, torch.float32)
+        numbers = stored if bits == 8 else unpack(stored, shape)
+        if step.dtype not in (torch.float16, torch.float32) or not bool(step.isfinite().all()):
+            raise ValueError(f"{name + STEP} is {step.dtype}, or not finite")
+        if tuple(step.shape) != (len(rows_of(numbers)),):
+            raise ValueError(f"{name + STEP} does not have the rows of {name}")
+        state[name] = decode(numbers, step, torch.float32)
     return state
 
 

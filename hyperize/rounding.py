@@ -3,17 +3,22 @@
 A matrix is rounded row by row: the largest value of a row becomes the largest whole number of the
 bits, and all its values are multiples of one step. Kernels are matrices of a row for each output
 channel. Vectors (biases, norms) are few, and become half precision.
+
+torchao's training with rounding puts other classes in the place of linear and embedding layers;
+what a weight is generated from is held by neither. So this is hyperize's own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hyperize.caching import version_of
 from hyperize.config import ConfigError, ModelError
 from hyperize.parts import find_groups
 
@@ -35,21 +40,35 @@ def encode(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         int8 in the tensor's shape, and (rows,) in float16, or in float32 if that does not hold one
         of them. A row of zeros has the step 0.
     """
-    rows = tensor.detach().float().flatten(1)
-    top = 2 ** (bits - 1) - 1
-    step = rows.abs().amax(1) / top
-    half = step.half()
-    if bool(((step == 0) | (half >= _NORMAL) & half.isfinite()).all()):
-        step = half
-    divisor = torch.where(step > 0, step, torch.ones_like(step)).float()
-    numbers = (rows / divisor[:, None]).round().clamp(-top, top)
-    return numbers.to(torch.int8).view(tensor.shape), step
+    numbers, step, fits = _round(tensor, bits)
+    return numbers.to(torch.int8).view(tensor.shape), step.half() if bool(fits) else step
 
 
 def decode(numbers: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """The values that `encode` has rounded to."""
-    rows = numbers.flatten(1).float() * step.float()[:, None]
-    return rows.view(numbers.shape).to(dtype)
+    return (rows_of(numbers).float() * step.float()[:, None]).view(numbers.shape).to(dtype)
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The matrix whose rows have a step each: one for each index of the first axis of several."""
+    while tensor.ndim > 2 and len(tensor) == 1:  # as positions in a ViT, (1, patches, channels)
+        tensor = tensor[0]
+    return tensor.flatten(1)
+
+
+def _round(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Whole numbers and steps in float32, and whether float16 holds all steps.
+
+    The latter is not looked at here, as a GPU would have to be waited for.
+    """
+    rows = rows_of(tensor.detach().float())
+    top = 2 ** (bits - 1) - 1
+    step = rows.abs().amax(1) / top
+    half = step.half()
+    fits = ((step == 0) | (half >= _NORMAL) & half.isfinite()).all()
+    step = torch.where(fits, half.float(), step)
+    divisor = torch.where(step == 0, torch.ones_like(step), step)
+    return (rows / divisor[:, None]).round().clamp(-top, top), step, fits
 
 
 def pack(numbers: Tensor) -> Tensor:
@@ -67,18 +86,19 @@ def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def is_matrix(param: Tensor) -> bool:
-    """Whether a parameter is rounded row by row."""
-    return param.is_floating_point() and param.ndim > 1 and param.numel() > 0
+    """Whether a parameter is rounded row by row: a row is longer than its step."""
+    return param.is_floating_point() and param.ndim > 1 and param.numel() > 2 * len(rows_of(param))
 
 
 def nearest(param: Tensor, bits: int) -> Tensor:
     """What a file of so many bits holds for a parameter, in its dtype; without a graph."""
     if is_matrix(param):
-        return decode(*encode(param, bits), param.dtype)
-    if not param.is_floating_point():
+        numbers, step, _ = _round(param, bits)
+        return decode(numbers.view(param.shape), step, param.dtype)
+    if not param.is_floating_point() or param.dtype.itemsize <= 2:
         return param.detach()
-    half = param.detach().to(torch.float16)
-    return half.to(param.dtype) if bool(half.isfinite().all()) else param.detach()
+    half = param.detach().half()
+    return torch.where(half.isfinite().all(), half.to(param.dtype), param.detach())
 
 
 @contextmanager
@@ -87,8 +107,8 @@ def quantized(hyper: nn.Module, bits: int) -> Iterator[None]:
 
     Training then gets used to the rounding. Gradients pass through it unchanged (straight-through
     estimator, Bengio et al. 2013, arXiv 1308.3432) and arrive at the parameters themselves, which
-    an optimizer changes as ever. Enter the block anew for each step, and leave it before the
-    optimizer's:
+    an optimizer changes as ever. Enter the block anew for each step, and leave it before gradients
+    are clipped and the optimizer makes its step:
 
         with hyperize.quantized(hyper, 8):
             loss = F.cross_entropy(hyper(images), labels)
@@ -97,8 +117,10 @@ def quantized(hyper: nn.Module, bits: int) -> Iterator[None]:
 
     All parameters are rounded: embeddings, hypernetwork and what is not generated; buffers are
     stored as they are. Outputs are those of the model that `save(hyper, path, dtype="int8")` and
-    `load` give. Inside the block `hyper.parameters()` are the rounded values, so that an optimizer
-    is made before.
+    `load` give. Inside the block `hyper.parameters()` and the state dict are the rounded values,
+    without a `.grad`, so that an optimizer is made before; a copy of the model has them as
+    parameters of its own. The backward pass may follow after the block, but with
+    `HyperConfig.recompute`. Where the model is checkpointed otherwise, it has to be inside.
 
     Args:
         hyper: A hyperized model, or a part of one. Its parameters are replaced inside the block and
@@ -107,53 +129,104 @@ def quantized(hyper: nn.Module, bits: int) -> Iterator[None]:
 
     Raises:
         ConfigError: `bits` is another number.
-        ModelError: The model is not hyperized, is wrapped or sharded, or is in such a block.
+        ModelError: The model is not hyperized, is on meta, is wrapped or sharded, or is in such a
+            block. When the block ends: parameters were changed or replaced inside. In the backward
+            pass: they were changed since the block began; or weights are recomputed and it is over.
     """
     if bits not in BITS or isinstance(bits, bool):
         raise ConfigError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits!r}.")
-    find_groups(hyper)
-    held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-    for module in hyper.modules():
-        for name, param in module._parameters.items():
-            if param is not None and not isinstance(param, nn.Parameter):
-                raise ModelError(
-                    f"{name} of a {type(module).__name__} is no parameter now; quantized() takes a "
-                    "model that is not in such a block already, and not in a functional call."
-                )
-            if param is not None:
-                held.append((module._parameters, name, param))
-    rounded: dict[int, Tensor] = {}
-    for _, _, param in held:
-        if id(param) not in rounded:
-            rounded[id(param)] = _Through.apply(param, nearest(param, bits))
-    lists = _recurrent_lists(hyper)
+    block = _Block(recomputes=any(group.hypernet.recompute for group in find_groups(hyper)))
+    places: list[tuple[dict[str, Any], str, nn.Parameter]] = [
+        (module._parameters, name, param)
+        for module in hyper.modules()
+        for name, param in module._parameters.items()
+        if param is not None
+    ]
+    for _, name, param in places:
+        if not isinstance(param, nn.Parameter):
+            raise ModelError(
+                f"{name} of the model is no parameter now; quantized() takes a model that is not "
+                "in such a block already, and not in a functional call."
+            )
+        if param.is_meta:
+            raise ModelError(f"{name} of the model is on meta, so there is nothing to round.")
+    params = {id(param): param for _, _, param in places}
+    with torch.inference_mode(False), torch.enable_grad():  # as parameters are, in any mode
+        rounded = {key: _through(param, bits, block) for key, param in params.items()}
+    before = {key: (version_of(params[key]), version_of(rounded[key])) for key in params}
     try:
-        for table, name, param in held:
+        for table, name, param in places:
             table[name] = rounded[id(param)]
-        for values in lists:
-            values[:] = [rounded.get(id(value), value) for value in values]
+        _replace_in_lists(hyper, rounded)
         yield
     finally:
-        back = {id(rounded[id(param)]): param for _, _, param in held}
-        for table, name, param in held:
+        block.is_open = False
+        changed = [
+            name
+            for table, name, param in places
+            if table.get(name) is not rounded[id(param)]
+            or (version_of(param), version_of(rounded[id(param)])) != before[id(param)]
+        ]
+        for table, name, param in places:
             table[name] = param
-        for values in lists:
-            values[:] = [back.get(id(value), value) for value in values]
+        _replace_in_lists(hyper, {id(rounded[key]): param for key, param in params.items()})
+    if changed:
+        raise ModelError(
+            f"{changed[0]} was changed inside the block of quantized(), where the rounded values "
+            "do not follow, and changes of them are lost. Load and move the model outside, and "
+            "leave the block before the optimizer's step."
+        )
+
+
+@dataclass
+class _Block:
+    """What backward passes need to know of a block.
+
+    Attributes:
+        recomputes: Whether weights are generated again in the backward pass.
+        is_open: Whether the model has its rounded parameters.
+    """
+
+    recomputes: bool
+    is_open: bool = True
+
+
+def _through(param: nn.Parameter, bits: int, block: _Block) -> Tensor:
+    """The rounded value of a parameter, attached to it."""
+    value = nearest(param, bits)
+    through: Tensor = _Through.apply(param, value, block)
+    # Copies are made of this one, as torch copies leaves only and would pickle no parameter
+    leaf = nn.Parameter(value, param.requires_grad)
+    vars(through).update(__deepcopy__=leaf.__deepcopy__, __reduce_ex__=leaf.__reduce_ex__)
+    return through
 
 
 class _Through(torch.autograd.Function):
     """The rounded value of a parameter, with the parameter's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, param: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, param: Tensor, value: Tensor, block: _Block) -> Tensor:
+        ctx.param, ctx.version, ctx.block = param, version_of(param), block
         return value
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        if version_of(ctx.param) != ctx.version:
+            raise ModelError(
+                "parameters have changed since the block of quantized() began, so that their "
+                "rounded values are old; enter it anew for each step of an optimizer."
+            )
+        if ctx.block.recomputes and not ctx.block.is_open:
+            raise ModelError(
+                "with HyperConfig.recompute the backward pass generates weights again, which are "
+                "not rounded after the block of quantized(); call backward() inside."
+            )
+        return gradient, None, None
 
 
-def _recurrent_lists(module: nn.Module) -> list[list[Any]]:
-    """The lists in which dense recurrent layers keep their parameters a second time."""
-    layers = (m for m in module.modules() if isinstance(m, nn.RNNBase))
-    return [vars(m)["_flat_weights"] for m in layers if "_flat_weights" in vars(m)]
+def _replace_in_lists(module: nn.Module, replacements: dict[int, Any]) -> None:
+    """Also where dense recurrent layers keep their parameters a second time."""
+    for layer in module.modules():
+        if isinstance(layer, nn.RNNBase) and "_flat_weights" in vars(layer):
+            values = vars(layer)["_flat_weights"]
+            values[:] = [replacements.get(id(value), value) for value in values]

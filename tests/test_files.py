@@ -88,6 +88,14 @@ def good(tmp_path_factory):
     return path, hyper
 
 
+@pytest.fixture(scope="module", params=[None, "int8", "int4"])
+def any_file(request, good, tmp_path_factory):
+    """Such a file, also in bits, with the model that is loaded from it."""
+    path = tmp_path_factory.mktemp("any") / "hyper.safetensors"
+    save(good[1], path, dtype=request.param)
+    return path, load_timm(path)
+
+
 # What is written comes back
 
 
@@ -454,9 +462,9 @@ def extra(tensors):
     tensors["more"] = torch.zeros(1)
 
 
-def test_every_flipped_bit_is_found_or_harmless(good, tmp_path):
+def test_every_flipped_bit_is_found_or_harmless(any_file, tmp_path):
     """Bits all over the file, and all of the first bytes of its header."""
-    path, hyper = good
+    path, hyper = any_file
     data, bad = path.read_bytes(), tmp_path / "bad"
     length = int.from_bytes(data[:8], "little")
     step = max(1, len(data) // 300)
@@ -479,7 +487,7 @@ def test_every_flipped_bit_is_found_or_harmless(good, tmp_path):
 
 
 MANY = settings(
-    max_examples=1500,
+    max_examples=500,  # of each file
     deadline=None,
     derandomize=True,
     database=None,
@@ -489,9 +497,9 @@ MANY = settings(
 
 @MANY
 @given(data=st.data())
-def test_mutated_files_raise_nothing_else(data, good, tmp_path):
+def test_mutated_files_raise_nothing_else(data, any_file, tmp_path):
     """Bytes are replaced, cut out, doubled and put in at random."""
-    path, _ = good
+    path, _ = any_file
     content = bytearray(path.read_bytes())
     length = int.from_bytes(content[:8], "little")
     ends = st.one_of(st.integers(0, 16), st.integers(0, 8 + length), st.integers(0, len(content)))
@@ -543,9 +551,9 @@ def places(tree, at=()):
 
 @MANY
 @given(data=st.data())
-def test_hostile_headers_raise_nothing_else_and_take_no_memory(data, good, tmp_path):
+def test_hostile_headers_raise_nothing_else_and_take_no_memory(data, any_file, tmp_path):
     """Headers that lie, with a checksum that is right."""
-    path, _ = good
+    path, _ = any_file
     header, tensors = header_of(path), load_file(path)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.sampled_from([p for p in places(header) if p]))
@@ -562,9 +570,10 @@ def test_hostile_headers_raise_nothing_else_and_take_no_memory(data, good, tmp_p
         again = load_timm(tmp_path / "bad")
     except FileError:
         pass
-    else:  # what was changed is a remark, or the like
-        with torch.no_grad():
-            assert again(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
+    else:  # what was changed is a remark, or the dtype that a parameter had
+        if all(param.dtype == torch.float32 for param in again.parameters()):
+            with torch.no_grad():
+                assert again(torch.zeros(1, 3, 32, 32)).shape == (1, 5)
     # KiB; the file has 0.1 MB, and pages that Python keeps come and go
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
 
