@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import hyperize
-from benchmarks import cuda, device, generation, making, memory, output, peers, running
+from benchmarks import cuda, device, fit, generation, making, memory, output, peers, running
 from benchmarks.timing import Row
 
 Subjects = Mapping[str, Callable[[bool], Iterator[Row]]]
@@ -39,6 +39,7 @@ SUBJECTS: Subjects = {
     "inference": running.inference,
     "hyperlstm": running.hyperlstm,
     "memory": memory.rows,
+    "fit": fit.rows,
     "peers": peers.rows,
 }
 """What can be measured, in the order of the table; each gives its rows, small with `--quick`.

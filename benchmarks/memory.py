@@ -89,27 +89,27 @@ def measure(kind: str, model: str, pixels: int, batch: int) -> dict[str, int]:
         parameters, gradients and optimizer; `targets`, weights of the layers that are rewritten.
     """
     torch.manual_seed(0)
-    _trim()
+    trim()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
-    before = _status("VmRSS")
+    before = status("VmRSS")
     network = timm.create_model(model).train()
     layers = (nn.Conv2d, nn.Linear)
     targets = sum(m.weight.numel() for m in network.modules() if isinstance(m, layers))
     if kind != "dense":
         # In place, so that each dense weight goes when its embedding is there
         network = hyperize(network, inplace=True, targets=TARGETS, seed=0, **KINDS[kind])
-        _trim()
+        trim()
     images, labels = torch.randn(batch, 3, pixels, pixels), torch.randint(1000, (batch,))
     optimizer = torch.optim.Adam(network.parameters(), 1e-4)
     nn.functional.cross_entropy(network(images), labels).backward()
     optimizer.step()
-    peak = _status("VmHWM")
+    peak = status("VmHWM")
     held = [t for p in network.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
     state = sum(t.nbytes for t in held if t is not None)
     return {"peak": peak, "own": peak - before, "state": state, "targets": targets}
 
 
-def _trim() -> None:
+def trim() -> None:
     """Gives the system back what is free, which would count as held otherwise."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -117,7 +117,7 @@ def _trim() -> None:
         trim(0)
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperize.config import EMBEDDINGS, ConfigError, HyperConfig
+from hyperize.cp import Member, OutputFit, Outputs, TransposedOutputs, solve_blocks
 from hyperize.products import linear
 from hyperize.tiling import Grid, Head, Stack, channels, first, kernel_name, make_grid
 
@@ -81,11 +82,14 @@ class Family:
         name: What plans call it; unique.
         embeddings: The value of `HyperConfig.embeddings` that asks for it.
         degree: Number of embeddings that are multiplied with each other.
+        closed: Whether the fit has closed solutions, `sweep` and `outputs`. Weights are then fitted
+            to their layers' outputs one after the other.
     """
 
     name: str
     embeddings: str
     degree: int = 1
+    closed: bool = False
 
     # ------------------------------------------------------------------------------ sizes, counts
 
@@ -192,6 +196,29 @@ class Family:
         embeddings = [list(part) for part in zip(*z.values(), strict=True)]
         layers = [list[Tensor](layer.parameters()) for layer in net.children()]
         return [*embeddings, *(layer for layer in layers if layer)]
+
+    def sweep(self, problem: Any) -> float:
+        """Sets each block in turn to its optimum for the weights as they are.
+
+        Args:
+            problem: As in `start`.
+
+        Returns:
+            The objective.
+        """
+        raise NotImplementedError
+
+    def outputs(self, problem: Any, at: int) -> OutputFit | None:
+        """What fits one weight to its layer's outputs, over its embeddings.
+
+        Args:
+            problem: As in `start`.
+            at: Number of the site, which has moments.
+
+        Returns:
+            An object with methods `step` and `objective`; None to use conjugate gradients.
+        """
+        raise NotImplementedError
 
     def readers(self, net: Net) -> list[nn.Module]:
         """The layers that multiply embeddings, whose weights have one column for each component."""
@@ -418,7 +445,7 @@ class Channels(Family):
     columns.
     """
 
-    name, embeddings, degree = "channels", "channel", 2
+    name, embeddings, degree, closed = "channels", "channel", 2, True
 
     def geometries(
         self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
@@ -489,6 +516,30 @@ class Channels(Family):
     def split(self, grid: Grid) -> list[int]:
         return [grid.rows, grid.width]
 
+    def sweep(self, problem: Any) -> float:
+        below = 0.0
+        for kernel in problem.net.heads:
+            members = [at for at, grid in enumerate(problem.grids) if grid.kernel == kernel]
+            if members:  # all layers of a kernel size may have been replaced since
+                parts = (_member(problem, at) for at in members)
+                below += solve_blocks(parts, *problem.net.head(kernel))
+        return float(problem.centred) - below
+
+    def outputs(self, problem: Any, at: int) -> OutputFit | None:
+        grid, (scale, offset) = problem.grids[at], problem.constants[at]
+        weight, bias = problem.net.head(grid.kernel)
+        moments, length = problem.moments[at], weight.shape[1]
+        groups, _, columns = moments.values.shape
+        if groups > 1 and columns <= length and not moments.transposed:
+            return None  # equations of the length of an embedding, for each of many groups
+        one, two = problem.z[at] if grid.axis == 0 else problem.z[at][::-1]
+        target = (problem.targets[at] - offset) / scale
+        # (n, m, *kernel) -> (n, m, k) -> (n, m * k), of the channels along the weight's first axes
+        target = (target.view(len(one), len(two), -1) - bias).flatten(1)
+        if moments.transposed:
+            return TransposedOutputs(target, two, one, weight, moments)
+        return Outputs(target, one, two, weight, moments)
+
 
 FAMILIES: dict[str, Family] = {}
 """Families by name, in the order in which the planner prefers them."""
@@ -543,6 +594,13 @@ def with_column(x: Tensor, column: Tensor) -> Tensor:
 def with_ones(x: Tensor) -> Tensor:
     """A column of ones, which the bias is multiplied by."""
     return with_column(x, x.new_ones(len(x)))
+
+
+def _member(problem: Any, at: int) -> Member:
+    """A weight of channels as the fit takes it."""
+    rows = problem.grids[at].cut(problem.targets[at])
+    (u, v), (scale, offset) = problem.z[at], problem.constants[at]
+    return Member(rows, u, v, scale, offset, problem.pull(at))
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

@@ -21,13 +21,14 @@ from torch.optim.swa_utils import update_bn
 from hyperize.config import BudgetError, ConfigError, HyperConfig, ModelError
 from hyperize.hypernet import HyperNet
 from hyperize.layers import CONSTANTS, Generated
+from hyperize.moments import Moments
 from hyperize.parts import Group, find_groups
 from hyperize.plan import Plan
 from hyperize.rewrite import to_dense
-from hyperize.search import make_plan
+from hyperize.search import plan_sites, requested
 from hyperize.sites import Site, find_sites, structural_copy, wrapper_of
-from hyperize.solver import Problem, Target, relative
-from hyperize.teacher import Batch, Moments, as_batches, second_moments
+from hyperize.solver import Problem, Target, combined, relative
+from hyperize.teacher import Batch, as_batches, in_passes, second_moments
 
 __all__ = ["FitReport", "SiteFit", "fit_", "fit_plan"]
 
@@ -62,7 +63,8 @@ class FitReport:
         sites: One entry per generated weight, in the plan's order.
         error: The relative error over all weights, each site's divided by its standard deviation.
         history: The objective after each sweep, from the start on, as a share of that of zero
-            weights; never grows.
+            weights; never grows. With data and embeddings of channels it is that of the outputs,
+            for moments of the inputs that are mixed with a tenth of equal and independent ones.
         seconds: Wall time.
         notes: Remarks, e.g. on other tensors in which the model differs from the teacher.
     """
@@ -119,7 +121,9 @@ def fit_(
             kept in memory. The teacher runs on them in evaluation mode.
         weighting: Without data, whether the error of a site is divided by the standard deviation
             of its weights (which batch norm would scale away) or taken as it is.
-        sweeps: Alternations over the blocks, at most.
+        sweeps: Alternations over the blocks, at most. With data and embeddings of channels the
+            weights themselves are fitted first, and then the outputs of one layer after the other,
+            each with so many.
         tolerance: A sweep that lowers the objective by less than this share ends the fit.
 
     Returns:
@@ -141,27 +145,33 @@ def fit_(
         raise ModelError("the hyperized model is on meta, so there is nothing to fit; load it.")
     state = _state(teacher)
     weights = {planned.site.name: _target(planned.site, state) for planned in sites}
-    batches = None if data is None else as_batches(data)
-    moments: dict[str, Moments] = {}
-    if batches is not None:
-        of = [planned.site for planned in sites]
-        moments = second_moments(_module(hyper, teacher), of, batches)
-    problems = []
+    batches = [] if data is None else as_batches(data)
+    runs = _module(hyper, teacher) if batches else None
+    problems, histories = [], []
     for group in groups:
-        targets = _targets(group.plan, weights, moments, next(group.hypernet.parameters()))
-        embeddings = [_embedding(group, planned.site) for planned in group.plan.sites]
-        problems.append(Problem(group.hypernet, targets, embeddings, weighting))
-        problems[-1].start()
-    histories = [problem.alternate(sweeps, tolerance) for problem in problems]
+        of = [planned.site for planned in group.plan.sites]
+        # With closed solutions weights are fitted as they are first, then to outputs, one by one
+        closed = group.hypernet.family.closed
+        known = {} if runs is None or closed else second_moments(runs, of, batches)
+        targets = _targets(group.plan, weights, known, next(group.hypernet.parameters()))
+        embeddings = [_embedding(group, site) for site in of]
+        problem = Problem(group.hypernet, targets, embeddings, weighting)
+        problem.start()
+        history = problem.alternate(sweeps, tolerance)
+        if runs is not None and closed:
+            passes = in_passes(runs, of, batches)
+            history = problem.fit_outputs(passes, sweeps, tolerance) or history
+        problems.append(problem)
+        histories.append(history)
     errors = [(p.names[at], *p.errors(at)) for p in problems for at in range(len(p.names))]
     report = FitReport(
         sites=tuple(SiteFit(*site) for site in errors),
         error=relative(*map(sum, zip(*(problem.squares() for problem in problems), strict=True))),
-        history=_history(problems, histories),
+        history=tuple(combined(histories, [problem.whole for problem in problems])),
         seconds=time.perf_counter() - start,
         notes=tuple(_notes(hyper, state, [name for name, _, o in errors if o is None], data)),
     )
-    statistics = {} if batches is None else _statistics(hyper, problems, batches)
+    statistics = {} if runs is None else _statistics(hyper, problems, batches)
     _write(problems, hyper)
     with torch.no_grad():
         for name, buffer in hyper.named_buffers():
@@ -204,7 +214,9 @@ def fit_plan(
         ModelError: As in `make_plan` and `fit_`.
         BudgetError: As in `make_plan`.
     """
-    base = make_plan(teacher, config, **overrides)
+    config = requested(config, overrides)
+    found, name = find_sites(teacher, config), type(teacher).__name__
+    base = plan_sites(found, config, name)
     if base.config.tile is not None or base.config.hidden_dim:
         raise ConfigError(
             "fit_plan chooses the tiles of a generator without a hidden layer, so tile and "
@@ -217,8 +229,7 @@ def fit_plan(
     state = _state(teacher)
     by_name: dict[str, Moments] = {}
     if data is not None:
-        every = find_sites(teacher, base.config).sites
-        by_name = second_moments(_module(teacher, teacher), every, as_batches(data))
+        by_name = second_moments(_module(teacher, teacher), found.sites, as_batches(data))
     missed: dict[tuple[tuple[str, int], ...], tuple[float, Plan]] = {}
 
     def score(trails: Mapping[str, int]) -> float:
@@ -228,7 +239,7 @@ def fit_plan(
             axis = base.config.trunk_axis
             tile = {k: (1, trail) if axis == 0 else (trail, 1) for k, trail in trails.items()}
             try:
-                plan = make_plan(teacher, base.config.replace(tile=tile, hidden_dim=0))
+                plan = plan_sites(found, base.config.replace(tile=tile, hidden_dim=0), name)
             except BudgetError:
                 return math.inf
             missed[key] = _missed(plan, state, by_name), plan
@@ -271,19 +282,6 @@ def _missed(plan: Plan, state: Mapping[str, Tensor], by_name: Mapping[str, Momen
     if any(target.moments for target in targets):
         problem.alternate(_SCORING, 0.0)
     return problem.objective()
-
-
-def _history(problems: list[Problem], histories: list[list[float]]) -> tuple[float, ...]:
-    """The objectives of all problems together, as shares of that of zero weights."""
-    whole = sum(problem.whole for problem in problems)
-    if len(histories) == 1 or not whole:
-        return tuple(histories[0])
-    steps = range(max(map(len, histories)))
-    return tuple(
-        sum(h[min(at, len(h) - 1)] * p.whole for h, p in zip(histories, problems, strict=True))
-        / whole
-        for at in steps
-    )
 
 
 @torch.no_grad()

@@ -43,12 +43,26 @@ def make_plan(model: nn.Module, config: HyperConfig | None = None, **overrides: 
         ConfigError: An option is invalid, or a target or pattern matches nothing.
         BudgetError: The request cannot be met; the message gives the reachable range.
     """
-    config = _config(config, overrides)
-    found = _tiled(find_sites(model, config), config)
+    config = requested(config, overrides)
+    return plan_sites(find_sites(model, config), config, type(model).__name__)
+
+
+def plan_sites(found: Found, config: HyperConfig, model: str) -> Plan:
+    """Plans for the sites of a model, which do not depend on the tiles that are asked for.
+
+    Args:
+        found: What `find_sites` has found for the request, or for one that differs in its tiles.
+        config: The request.
+        model: Name of the model's class.
+
+    Returns:
+        As `make_plan`; raises its errors of the plan.
+    """
+    found = _tiled(found, config)
     if not found.sites and not found.dynamic:
         raise ConfigError(_nothing_found(found, config))
     if not found.sites:
-        return replace(_dynamic_plan(found, config), model=type(model).__name__)
+        return replace(_dynamic_plan(found, config), model=model)
     shapes = Counter(site.shape for site in found.sites)
     plan = _plan(found, config, _search(shapes, found, config))
     notes = plan.notes
@@ -58,7 +72,7 @@ def make_plan(model: nn.Module, config: HyperConfig | None = None, **overrides: 
             "factorized changes nothing: no layer is faster with the factors of its weight, as all "
             "are small, grouped or of other kinds, or tiles end within rows",
         )
-    return replace(plan, model=type(model).__name__, notes=notes)
+    return replace(plan, model=model, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -375,7 +389,8 @@ def _tiled(found: Found, config: HyperConfig) -> Found:
     return replace(found, sites=kept, skips=(*found.skips, *skips))
 
 
-def _config(config: HyperConfig | None, overrides: Mapping[str, Any]) -> HyperConfig:
+def requested(config: HyperConfig | None, overrides: Mapping[str, Any]) -> HyperConfig:
+    """The request that a config and fields in its place make."""
     if config is not None and not isinstance(config, HyperConfig):
         raise ConfigError(f"config must be a HyperConfig or None, got {type(config).__name__}.")
     return (config or HyperConfig()).replace(**overrides)

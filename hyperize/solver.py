@@ -1,16 +1,16 @@
 """The least-squares problem of a fit, and the alternation over blocks that lowers it.
 
-The weights of all sites are affine in each block of a family, with the others held. Each block is
+The weights of all sites are affine in each block of a family, with the others held. A block is
 solved by conjugate gradients through the generator itself, so that padding, folding and every shape
-of site are what they are in the forward pass.
+of site are what they are in the forward pass; or by a closed solution, if the family has one.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import cast
 
@@ -19,9 +19,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from hyperize.cp import OutputFit
 from hyperize.families import eigh
 from hyperize.hypernet import Affine, HyperNet
-from hyperize.teacher import Moments
+from hyperize.moments import Moments
+from hyperize.products import dot
 from hyperize.tiling import Grid
 
 __all__: list[str] = []
@@ -30,6 +32,8 @@ _INNER = 5
 """Conjugate gradients per block and sweep; more of them wait for the other blocks."""
 _APPROACH = 100
 """Sweeps from a random start, at most."""
+_CANCELLED = 1e-3
+"""Share of the objective at zero below which it is computed from the errors themselves."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +78,38 @@ class Problem:
         self.targets = {at: target.weight.to(dtype) for at, target in enumerate(targets)}
         # Inputs that are always zero say nothing of a weight
         self.moments = {
-            at: Moments(of.matrix.to(dtype), of.transposed)
+            at: of.to(dtype)
             for at, target in enumerate(targets)
-            if (of := target.moments) is not None and of.matrix.any()
+            if (of := target.moments) is not None and of.values.any()
         }
         self.constants = {at: self.targets[at].new_zeros(2) for at in self.z}
         """Scale and offset of each weight."""
         self.factor: dict[int, float] = {}
         """Weight of a site's error in the objective."""
+        self.output_error: dict[int, float] = {}
+        """What `fit_outputs` has reached."""
         for at, target in self.targets.items():
             std, mean = (float(t) for t in torch.std_mean(target, correction=0))
             if std <= 1e-6 * abs(mean) or std == 0:  # constant: any scale does
                 std = 1 / math.sqrt(math.prod(target.shape[1:]))
             self.constants[at] = target.new_tensor([std, mean])
-            if at in self.moments:
-                of = self.moments[at]
-                self.factor[at] = 1 / (of.norm(target) or std**2 * of.norm_of_noise(target))
-            elif self.moments:
-                norm = float(target.square().sum())
-                self.factor[at] = 1 / (norm or std**2 * target.numel())
+            if self.moments:
+                self.factor[at] = self._share(at)
             else:
                 self.factor[at] = std**-2 if weighting == "relative" else 1.0
         self.whole = sum(self._squares(at, t)[0] for at, t in self.targets.items())
+        self.centred = sum(
+            self._squares(at, t - self.constants[at][1])[0] for at, t in self.targets.items()
+        )
+        """The objective of weights that are their offset."""
+
+    def _share(self, at: int) -> float:
+        """The factor by which the target of a site counts 1."""
+        target, variance = self.targets[at], float(self.constants[at][0]) ** 2
+        if at not in self.moments:
+            return 1 / (dot(target, target) or variance * target.numel())
+        of = self.moments[at]
+        return 1 / (of.norm(target) or variance * of.norm_of_noise(target))
 
     def generate(self, at: int) -> Tensor:
         """The weight of a site as it is now."""
@@ -114,7 +128,7 @@ class Problem:
         """A site's part of the objective, and half of its gradient."""
         weighed = self._weigh(at, error)
         # Rounding can make next to nothing negative
-        return max(0.0, float((error * weighed).sum(dtype=torch.float64))), weighed
+        return max(0.0, dot(error, weighed)), weighed
 
     # What families start with
 
@@ -198,20 +212,30 @@ class Problem:
             The objective at the start and after each sweep, as a share of `whole`.
         """
         whole = self.whole or 1.0
+        closed = self.family.closed and not self.moments
         console = Console(stderr=True)
         with Progress(console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("fitting", total=sweeps)
             history = [self.objective() / whole]
+            tensors = [*self.net.parameters(), *chain.from_iterable(self.z.values())]
+            earlier: list[Tensor] = []
+            run = 0  # sweeps since the start, or since momentum went too far
             for _ in range(sweeps):
-                tensors = [*self.net.parameters(), *chain.from_iterable(self.z.values())]
-                before = [tensor.clone() for tensor in tensors]
-                for block in self.family.blocks(self.net, self.z):
-                    self._solve(block)
-                reached = self.objective() / whole
-                if reached > history[-1]:  # by rounding, at the optimum
-                    for tensor, old in zip(tensors, before, strict=True):
+                now = [tensor.clone() for tensor in tensors]
+                # Closed solutions are steps of a fixed-point iteration, which momentum speeds up
+                # (Mitchell, Ye and De Sterck 2020, arXiv 1810.05846)
+                momentum = (run - 1) / (run + 2) if closed and run > 1 else 0.0
+                for tensor, old in zip(tensors, earlier, strict=True) if momentum else ():
+                    tensor.add_(tensor - old, alpha=momentum)
+                reached = self._sweep(closed) / whole
+                if reached > history[-1]:
+                    for tensor, old in zip(tensors, now, strict=True):
                         tensor.copy_(old)
-                    break
+                    if not momentum:  # by rounding, at the optimum
+                        break
+                    run = 0
+                    continue
+                earlier, run = now, run + 1
                 history.append(reached)
                 progress.update(
                     task, advance=1, description=f"fitting: error {math.sqrt(history[-1]):.4f}"
@@ -221,27 +245,102 @@ class Problem:
             progress.update(task, total=len(history) - 1)
         return history
 
+    def _sweep(self, closed: bool) -> float:
+        """Lowers the objective over each block in turn, and returns it."""
+        if closed:
+            with torch.no_grad():
+                reached = self.family.sweep(self)
+            # A difference of large numbers says little of a small one
+            return reached if reached > _CANCELLED * self.whole else self.objective()
+        for block in self.family.blocks(self.net, self.z):
+            self.balance()
+            self._solve(block, self.z)
+        return self.objective()
+
+    # The sweeps over one weight after the other
+
+    @torch.no_grad()
+    def fit_outputs(
+        self, passes: Iterable[Mapping[str, Moments]], sweeps: int, tolerance: float
+    ) -> list[float]:
+        """Fits weights to their layers' outputs, each over its own embeddings, the rest held.
+
+        Args:
+            passes: Moments by the names of the weights, each of which is fitted when it comes.
+            sweeps: Over the blocks of a weight, at most.
+            tolerance: As in `alternate`.
+
+        Returns:
+            The objective at the start and after each sweep, as a share of `whole`, which is that of
+            the outputs then; empty if there were no moments.
+        """
+        number = {name: at for at, name in enumerate(self.names)}
+        histories: dict[int, list[float]] = {}
+        for moments in passes:
+            for name, of in moments.items():
+                at = number[name]
+                if not of.values.any():  # inputs that are always zero say nothing of a weight
+                    continue
+                self.moments[at] = of.to(self.targets[at].dtype).shrunk()
+                self.factor[at] = self._share(at)
+                histories[at] = self._fit_output(at, sweeps, tolerance)
+                self.output_error[at] = self._output_error(at)
+                del self.moments[at]
+        if not histories:
+            return []
+        for at in self.z.keys() - histories.keys():
+            self.factor[at] = self._share(at)
+            histories[at] = [self._reached(at, None)]
+        self.whole = float(len(histories))
+        return combined(list(histories.values()), [1.0] * len(histories))
+
+    def _fit_output(self, at: int, sweeps: int, tolerance: float) -> list[float]:
+        """Fits one weight, and returns its objective, of which its target's is 1."""
+        closed = self.family.outputs(self, at)
+        history = [self._reached(at, closed)]
+        for _ in range(sweeps):
+            before = [z.clone() for z in self.z[at]]
+            if closed is not None:
+                closed.step()
+            else:
+                with torch.enable_grad():
+                    for z in self.z[at]:
+                        self._solve([z], [at])
+            reached = self._reached(at, closed)
+            if reached > history[-1]:  # by rounding, at the optimum
+                for z, old in zip(self.z[at], before, strict=True):
+                    z.copy_(old)
+                break
+            history.append(reached)
+            if history[-1] > (1 - tolerance) * history[-2]:
+                break
+        return history
+
+    def _reached(self, at: int, closed: OutputFit | None) -> float:
+        if closed is None:
+            return self._squares(at, self.generate(at).sub_(self.targets[at]))[0]
+        return closed.objective() * float(self.constants[at][0]) ** 2 * self.factor[at]
+
     @torch.no_grad()
     def objective(self) -> float:
         """The weighted sum of squared errors."""
-        return sum(self._squares(at, self.generate(at) - self.targets[at])[0] for at in self.z)
+        return sum(self._reached(at, None) for at in self.z)
 
-    def _solve(self, block: list[Tensor]) -> None:
-        """Lowers the objective over one block by conjugate gradients with exact steps."""
-        self.balance()
+    def _solve(self, block: list[Tensor], sites: Iterable[int]) -> None:
+        """Lowers the objective of some sites over one block by conjugate gradients."""
         for tensor in block:
             tensor.requires_grad_(True)
         # Affine, so that these graphs serve for every step
-        graphs = {at: self.generate(at) for at in self.z}
+        graphs = {at: self.generate(at) for at in sites}
         residuals = {at: w.detach().sub_(self.targets[at]) for at, w in graphs.items()}
         # Where weighing is a large product it is not done twice
-        weighed = {at: self._weigh(at, residuals[at]) for at in self.moments}
+        weighed = {at: self._weigh(at, residuals[at]) for at in graphs if at in self.moments}
         direction: list[Tensor] = []
         last = 0.0
         before: list[Tensor] = []
         for _ in range(_INNER):
             gradient = self._gradient(block, graphs, residuals, weighed)
-            square = sum(float((g * g).sum(dtype=torch.float64)) for g in gradient)
+            square = sum(dot(g, g) for g in gradient)
             if square == 0:
                 break
             if direction:
@@ -290,7 +389,7 @@ class Problem:
             changes[at] = change = self.generate(at).sub_(self.targets[at]).sub_(residual)
             part, pull = self._squares(at, change)
             curvature += part
-            slope += float((residual * pull).sum(dtype=torch.float64))
+            slope += dot(residual, pull)
             if at in weighed:
                 of_weighed[at] = pull
         length = -slope / curvature if curvature > 0 else 0.0
@@ -324,12 +423,14 @@ class Problem:
     def errors(self, at: int) -> tuple[float, float | None]:
         """The relative errors of one weight and of its layer's outputs, where these are known."""
         target = self.targets[at]
-        error = self.generate(at) - target
-        output = None
-        if at in self.moments:
-            output = relative(*(self.moments[at].norm(e) for e in (error, target)))
-        squares = (float(t.square().sum(dtype=torch.float64)) for t in (error, target))
+        error = self.generate(at).sub_(target)
+        squares = (dot(t, t) for t in (error, target))
+        output = self._output_error(at) if at in self.moments else self.output_error.get(at)
         return relative(*squares), output
+
+    def _output_error(self, at: int) -> float:
+        of, target = replace(self.moments[at], ridge=0.0), self.targets[at]
+        return relative(*(of.norm(e) for e in (self.generate(at) - target, target)))
 
     @torch.no_grad()
     def squares(self) -> tuple[float, float]:
@@ -337,13 +438,23 @@ class Problem:
         missed = whole = 0.0
         for at, target in self.targets.items():
             factor = float(self.constants[at][0]) ** -2
-            missed += factor * float((self.generate(at) - target).square().sum())
-            whole += factor * float(target.square().sum())
+            error = self.generate(at).sub_(target)
+            missed += factor * dot(error, error)
+            whole += factor * dot(target, target)
         return missed, whole
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:
-    return sum(float((x * y).sum(dtype=torch.float64)) for x, y in zip(a, b, strict=True))
+    return sum(dot(x, y) for x, y in zip(a, b, strict=True))
+
+
+def combined(histories: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """The weighted mean of histories at each step; the shorter ones stay at their ends."""
+    whole = sum(weights) or 1.0
+    return [
+        sum(w * h[min(step, len(h) - 1)] for w, h in zip(weights, histories, strict=True)) / whole
+        for step in range(max(map(len, histories)))
+    ]
 
 
 def relative(missed: float, whole: float) -> float:

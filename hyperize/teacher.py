@@ -1,15 +1,9 @@
-"""What a teacher's layers multiply: the second moments of their inputs, from a few batches of data.
-
-With them a fit weighs the error E of a weight by what it does to the layer's output:
-trace(E S E^T), where S are the second moments of the layer's inputs in the teacher.
-"""
+"""What a teacher's layers multiply, from a few batches of data."""
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,46 +15,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from hyperize.config import ConfigError, ModelError
+from hyperize.moments import Moments, Sum
 from hyperize.sites import Site
 
 __all__: list[str] = []
 
 Batch = Tensor | Sequence[Tensor]
 
-_SAMPLES = 8192
-"""Input vectors per batch and layer, about, from which second moments are estimated."""
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Second moments of the vectors that a weight multiplies.
-
-    Attributes:
-        matrix: (groups, columns, columns); the weight is seen as (groups, rows, columns).
-        transposed: The weight is seen as (groups, columns, rows) instead.
-    """
-
-    matrix: Tensor
-    transposed: bool = False
-
-    def weigh(self, error: Tensor) -> Tensor:
-        """E S for an error E in the weight's shape."""
-        groups, columns, _ = self.matrix.shape
-        if self.transposed:
-            # (columns of all groups, ...) -> (groups, columns, rows)
-            return (self.matrix @ error.reshape(groups, columns, -1)).view_as(error)
-        # (rows of all groups, ...) -> (groups, rows, columns)
-        return (error.reshape(groups, -1, columns) @ self.matrix).view_as(error)
-
-    def norm(self, weight: Tensor) -> float:
-        """Mean square of the outputs that a weight makes, summed over them."""
-        return max(0.0, float((weight * self.weigh(weight)).sum(dtype=torch.float64)))
-
-    def norm_of_noise(self, weight: Tensor) -> float:
-        """The expectation of `norm` for random values of unit variance in a weight's place."""
-        groups, columns, _ = self.matrix.shape
-        trace = float(self.matrix.diagonal(dim1=1, dim2=2).sum())
-        return trace * weight.numel() / (groups * columns)
+_VECTORS = 8192
+"""Input vectors of a layer, about, from which second moments are estimated."""
+_NUMBERS = 2**24
+"""Numbers in these vectors, at most about. Of long vectors fewer are taken."""
 
 
 def as_batches(data: Iterable[Batch]) -> list[Tensor]:
@@ -83,6 +48,30 @@ def as_batches(data: Iterable[Batch]) -> list[Tensor]:
     return batches
 
 
+def in_passes(
+    teacher: nn.Module, sites: Sequence[Site], batches: list[Tensor]
+) -> Iterator[dict[str, Moments]]:
+    """Runs the teacher as often as is needed for the moments of all sites to take little memory.
+
+    Yields:
+        What `second_moments` returns, for some sites after the other: as many numbers at a time as
+        there are weights, `_NUMBERS`, or in the moments of one site, whichever is most.
+    """
+    limit = max(_NUMBERS, sum(site.dense_params for site in sites))
+    chunk: list[Site] = []
+    held = 0
+    for site in sites:
+        groups = getattr(teacher.get_submodule(site.path), "groups", 1)
+        numbers = min(_NUMBERS, groups * math.prod(site.shape[1:]) ** 2)
+        if chunk and held + numbers > limit:
+            yield second_moments(teacher, chunk, batches)
+            chunk, held = [], 0
+        chunk.append(site)
+        held += numbers
+    if chunk:
+        yield second_moments(teacher, chunk, batches)
+
+
 @torch.no_grad()
 def second_moments(
     teacher: nn.Module, sites: Iterable[Site], batches: list[Tensor]
@@ -95,29 +84,27 @@ def second_moments(
     numbers: dict[str, dict[str, str]] = {}
     for site in sites:
         numbers.setdefault(site.path, {})[site.param] = site.name
-    sums: dict[str, Moments] = {}
-    counts = Counter[str]()
+    sums: dict[str, Sum] = {}
+    share = 1.0  # of all data, in this batch
 
     def collect(of: dict[str, str]) -> Callable[..., None]:
         def hook(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            for param, vectors, transposed in _vectors(layer, args, kwargs):
-                if param in of:
-                    name, x = of[param], vectors
-                    x = x.to(torch.promote_types(x.dtype, torch.float32))
-                    product = x.transpose(1, 2) @ x  # (groups, columns, columns)
-                    if name in sums:
-                        product += sums[name].matrix
-                    sums[name] = Moments(product, transposed)
-                    counts[name] += x.shape[1]
+            for param, vectors, transposed in _vectors(layer, args, kwargs, share):
+                if param in of and vectors.shape[1]:
+                    sums.setdefault(of[param], Sum(transposed)).add(vectors)
 
         return hook
 
-    for path, of in numbers.items():
+    hooks = [
         teacher.get_submodule(path).register_forward_hook(collect(of), with_kwargs=True)
+        for path, of in numbers.items()
+    ]
+    whole = sum(batch.numel() for batch in batches)
     console = Console(stderr=True)
     bar = Progress(console=console, disable=not console.is_terminal)
     with torch.random.fork_rng(devices=[]), bar as progress:
         for batch in progress.track(batches, description="running the teacher"):
+            share = batch.numel() / whole
             try:
                 teacher(batch)
             except Exception as error:  # any model code can run here, and raise anything
@@ -125,13 +112,17 @@ def second_moments(
                     f"the teacher cannot run a batch of shape {tuple(batch.shape)} "
                     f"({type(error).__name__}: {error}); data must hold inputs of the model."
                 ) from error
-    for name, moments in sums.items():
-        if not moments.matrix.isfinite().all():
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for name in list(sums):
+        found[name] = sums.pop(name).moments()
+        if not found[name].values.isfinite().all():
             raise ModelError(
                 f"what {name} multiplies in the teacher is not finite for this data; check the "
                 "data and the teacher."
             )
-    return {name: Moments(s.matrix / counts[name], s.transposed) for name, s in sums.items()}
+    return found
 
 
 _Vectors = tuple[str, Tensor, bool]
@@ -139,8 +130,8 @@ _Vectors = tuple[str, Tensor, bool]
 columns lie along axis 0 of the weight."""
 
 
-def _vectors(layer: nn.Module, args: Any, kwargs: Any) -> Iterator[_Vectors]:
-    """What the parameters of a layer multiply in one call of it."""
+def _vectors(layer: nn.Module, args: Any, kwargs: Any, share: float) -> Iterator[_Vectors]:
+    """What the parameters of a layer multiply in one call of it, with a share of all data."""
     inputs = (*args, *kwargs.values())
     if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
         # The outputs of neighbouring inputs overlap where the stride is less than the kernel; the
@@ -148,40 +139,46 @@ def _vectors(layer: nn.Module, args: Any, kwargs: Any) -> Iterator[_Vectors]:
         x = _batched(inputs[0], layer).flatten(2)  # (N, C, positions)
         # -> (groups, N * positions, C / groups)
         x = x.transpose(1, 2).reshape(-1, layer.groups, layer.in_channels // layer.groups)
-        yield "weight", _thinned(x).transpose(0, 1), True
+        yield "weight", _thinned(x, share).transpose(0, 1), True
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         x = _batched(inputs[0], layer)
         if isinstance(layer, Conv2dSame):  # pads in its forward
             x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
-        yield "weight", _patches(x, layer), False
+        yield "weight", _patches(x, layer, share), False
     elif isinstance(layer, nn.Linear):
-        yield "weight", _rows(inputs[0]), False
+        yield "weight", _rows(inputs[0], share), False
     elif isinstance(layer, nn.RNNBase):
-        yield from _recurrent_vectors(layer, inputs[0])
+        yield from _recurrent_vectors(layer, inputs[0], share)
     elif isinstance(layer, nn.RNNCellBase):
-        yield "weight_ih", _rows(inputs[0]), False
+        yield "weight_ih", _rows(inputs[0], share), False
         state = inputs[1] if len(inputs) > 1 else None
         state = state[0] if isinstance(state, tuple) else state
         if state is not None:
-            yield "weight_hh", _rows(state), False
+            yield "weight_hh", _rows(state, share), False
     elif isinstance(layer, nn.MultiheadAttention):
         named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-        parts = [_rows(named[name]) for name in ("query", "key", "value")]
+        parts = [_rows(named[name], share) for name in ("query", "key", "value")]
         for name, x in zip(("q_proj_weight", "k_proj_weight", "v_proj_weight"), parts, strict=True):
             yield name, x, False
         if len({part.shape for part in parts}) == 1:
             yield "in_proj_weight", torch.cat(parts), False  # (3, samples, columns)
 
 
-def _thinned(x: Tensor) -> Tensor:
-    """About `_SAMPLES` entries along axis 0, evenly spread."""
-    return x[:: max(1, len(x) // _SAMPLES)]
+def _limit(length: int, share: float) -> float:
+    """How many vectors of this length are taken of a share of the data, about."""
+    return max(1.0, share * min(_VECTORS, _NUMBERS / length))
 
 
-def _rows(x: Tensor | PackedSequence) -> Tensor:
+def _thinned(x: Tensor, share: float) -> Tensor:
+    """Some vectors, evenly spread along axis 0."""
+    length = math.prod(x.shape[1:])
+    return x[:: max(1, int(len(x) / _limit(length, share)))] if x.numel() else x
+
+
+def _rows(x: Tensor | PackedSequence, share: float) -> Tensor:
     """(..., features) -> (1, samples, features)."""
     x = x.data if isinstance(x, PackedSequence) else x
-    return _thinned(x.reshape(-1, x.shape[-1]))[None]
+    return _thinned(x.reshape(-1, x.shape[-1]), share)[None]
 
 
 def _batched(x: Tensor, layer: Any) -> Tensor:
@@ -189,7 +186,7 @@ def _batched(x: Tensor, layer: Any) -> Tensor:
     return x if x.ndim == layer.weight.ndim else x[None]
 
 
-def _patches(x: Tensor, layer: Any) -> Tensor:
+def _patches(x: Tensor, layer: Any, share: float) -> Tensor:
     """What a convolution's kernels see, (groups, samples, C / groups * k)."""
     if layer.padding_mode != "zeros":
         x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
@@ -204,15 +201,19 @@ def _patches(x: Tensor, layer: Any) -> Tensor:
         x = x.unfold(axis, dilation * (size - 1) + 1, step)[..., ::dilation]
     # Positions are thinned while this is still a view
     positions = x.shape[0] * math.prod(x.shape[2 : 2 + dims])
-    thin = max(1, math.floor((positions / _SAMPLES) ** (1 / dims)))
+    columns = layer.weight[0].numel()
+    many = positions / _limit(layer.groups * columns, share)
+    thin = max(1, math.floor(many ** (1 / dims)))
     for axis in range(2, 2 + dims):
         x = x[(slice(None),) * axis + (slice(None, None, thin),)]
     # (N, C, *positions, *kernel) -> (N, *positions, C, *kernel) -> (samples, groups, columns)
-    x = x.movedim(1, 1 + dims).reshape(-1, layer.groups, layer.weight[0].numel())
-    return x.transpose(0, 1)
+    x = x.movedim(1, 1 + dims).reshape(-1, layer.groups, columns)
+    return _thinned(x, share).transpose(0, 1)
 
 
-def _recurrent_vectors(layer: nn.RNNBase, x: Tensor | PackedSequence) -> Iterator[_Vectors]:
+def _recurrent_vectors(
+    layer: nn.RNNBase, x: Tensor | PackedSequence, share: float
+) -> Iterator[_Vectors]:
     """Runs the layers of a stack one by one, from zero states, to see between them."""
     kind = next(k for k in (nn.LSTM, nn.GRU, nn.RNN) if isinstance(layer, k))
     options = {"nonlinearity": layer.nonlinearity} if kind is nn.RNN else {}
@@ -234,7 +235,7 @@ def _recurrent_vectors(layer: nn.RNNBase, x: Tensor | PackedSequence) -> Iterato
         y = one(x)[0]
         hidden = (y.data if isinstance(y, PackedSequence) else y).chunk(len(directions), -1)
         for direction, h in zip(directions, hidden, strict=True):
-            yield f"weight_ih_l{level}{direction}", _rows(x), False
+            yield f"weight_ih_l{level}{direction}", _rows(x, share), False
             # The states after all steps, in place of those before them
-            yield f"weight_hh_l{level}{direction}", _rows(h), False
+            yield f"weight_hh_l{level}{direction}", _rows(h, share), False
         x = y

@@ -115,14 +115,18 @@ class Grid(NamedTuple):
         return weight if weight.ndim == len(self.shape) else weight.view(self.shape)
 
     def cut(self, weight: Tensor) -> Tensor:
-        """The inverse of `join`: the rows of a weight, (R * P, w * k), padded with zeros."""
+        """The inverse of `join`: the rows of a weight, (R * P, w * k), padded with zeros.
+
+        They share the weight's memory where they can.
+        """
         if self.axis == 1 and weight.ndim > 1:
             weight = weight.transpose(0, 1)
         width = self.width * self.elements
         lines, row = (self.rows, self.parts * width) if self.parts > 1 else (1, self.rows * width)
         flat = weight.reshape(lines, -1)  # turned -> (R, columns * k), or one line for all
-        # (lines, row) -> (R * P, w * k)
-        return F.pad(flat, (0, row - flat.shape[1])).reshape(-1, width)
+        if spare := row - flat.shape[1]:
+            flat = F.pad(flat, (0, spare))
+        return flat.reshape(-1, width)  # (lines, row) -> (R * P, w * k)
 
     def unstack(self, tiles: Tensor) -> Tensor:
         """From tiles to rows: (tiles, lead * n) -> (R * P, n).

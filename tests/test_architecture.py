@@ -13,7 +13,8 @@ import hyperize as package
 PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
-    *("config", "writing", "source", "products", "factorized", "tiling", "families", "reading"),
+    *("config", "writing", "source", "products", "factorized", "tiling", "moments", "cp"),
+    *("families", "reading"),
     "caching",
     *("layers", "kernels", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts"),
     *("calls", "rewrite", "rounding"),

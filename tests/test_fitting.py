@@ -308,7 +308,7 @@ def test_the_dense_model_has_the_reported_errors(name, with_data):
     if not with_data:  # the objective is the error then, each site by its variance
         assert report.history[-1] == pytest.approx(report.error**2, rel=ROUNDING[torch.float32])
         assert outputs == [None] * len(outputs)
-    elif None not in outputs:  # and here the mean over the sites
+    elif None not in outputs and "channels" not in name:  # and here the mean over the sites
         mean = sum(error**2 for error in outputs) / len(outputs)
         assert report.history[-1] == pytest.approx(mean, rel=ROUNDING[torch.float32])
 
