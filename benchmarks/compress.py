@@ -5,6 +5,8 @@
         --model resnet56 --methods channel thin tucker
     python benchmarks/compress.py --data-dir data --checkpoint resnet20.safetensors --epochs 10
         --kd-weight 0 --ratios 5 10 --methods scratch scratch-tile thin --seed 1
+    python benchmarks/compress.py --data-dir data --checkpoint resnet20.safetensors --epochs 1
+        --ratios 2 4 10 --methods continued channel thin svd tucker cp --bit-steps 100
 
 Every method gets as many parameters as ours or fewer, the same data, batches, schedule and
 distillation from the same teacher (`examples/compress_pretrained.py`). Those that start from
@@ -21,6 +23,10 @@ trained weights have the learning rate `--lr`, those that start from scratch `--
     svd           each convolution as two, by truncated SVD
     tucker        each as three, by tensorly's partial_tucker over the channels
     cp            each as four, by tensorly's parafac
+
+With `--bit-steps` each trained model is then written in 32, 16, 8 and 4 bits, as it is and after so
+many steps with the rounding (a tenth of the learning rate, all methods alike), and the accuracies
+are drawn over the lengths of the files.
 
 Results are kept in the output folder, one JSON file each; what is there is not run again. At the
 end a table of all seeds found there with the same settings is printed, and drawn if matplotlib is
@@ -48,14 +54,24 @@ from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-from compress_pretrained import Data, fine_tune, load_teacher, make_student_run, read_data
+from compress_pretrained import (
+    Data,
+    fine_tune,
+    load_teacher,
+    make_student_run,
+    number,
+    read_data,
+    taught_loss,
+)
 from compress_pretrained import make_parser as make_compress_parser
-from paper import steps_per_epoch
+from paper import SEEDS, Run, steps_per_epoch
 from train_cifar import SIZES, ResNet
-from twins import steps_of
+from twins import predicted, shuffled, steps_of, train
 
+from benchmarks import frontier
 from hyperize import fit_, hyperize
 from hyperize.parts import generated_layers
 
@@ -65,7 +81,7 @@ SHRINK = 0.98
 
 SETTINGS = (
     "epochs", "steps", "batch_size", "weight_decay", "kd_temperature", "kd_weight", "amp",
-    "fit_samples", "mean", "std",
+    "fit_samples", "mean", "std", "bit_steps",
 )  # fmt: skip
 """Flags that a result depends on, besides those that differ between methods."""
 
@@ -236,6 +252,8 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "cp": decomposed(cp),
 }
 FROM_SCRATCH = ("scratch", "scratch-tile", "thin", "dense")
+WHOLE = ("dense", "continued")
+"""Methods without a ratio, which run once."""
 
 
 def run(
@@ -265,17 +283,69 @@ def run(
         "before": before,
         "curve": curve,
         "preparation_s": seconds,
+        "files": files(model, teacher, data, lr, args) if args.bit_steps else [],
     }
     path.write_text(json.dumps(result))
     return result
 
 
-def summarise(folder: Path, wanted: Sequence[dict[str, Any]]) -> list[Row]:
-    """The mean over all seeds that a folder has for each of some settings."""
+def files(
+    model: nn.Module, teacher: nn.Module, data: Data, lr: float, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """What a trained model's files are worth."""
+
+    def accuracy(compute: Callable[[Tensor], Tensor]) -> float:
+        with torch.no_grad():
+            return data.accuracy(predicted(lambda x: compute(data.normalise(x)), data.test))
+
+    def train_on(model: nn.Module, bits: int) -> None:
+        flags = argparse.Namespace(**vars(args) | {"lr": frontier.FALL * lr})
+        run = make_student_run(model, args.bit_steps, flags)
+        compute = frontier.in_bits(model, bits)
+        batches = shuffled(data.train, args.batch_size, -1 - args.seed * SEEDS, pad=4, flip=True)
+
+        def loss(run: Run, images: Tensor, labels: Tensor) -> Tensor:
+            return taught_loss(compute, teacher, data.normalise(images), labels, args)
+
+        train([run], batches, loss, f"{bits} bits")
+        model.eval()
+
+    return frontier.measure(model.eval(), accuracy, train_on)
+
+
+def shown(folder: Path, wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The files of all results, means over the seeds that a folder has for each."""
+    seeds = by_settings(folder)
+    rows = []
+    for result in wanted:
+        found = seeds[json.dumps(result["settings"] | {"seed": None})]
+        method, ratio = (result["settings"][name] for name in ("method", "ratio"))
+        name = "hyperize" if method == "channel" else method
+        for at, first in enumerate(result["files"]):
+            trained = [r["files"][at]["trained"] for r in found]
+            row = {"name": name if method in WHOLE else f"{name} {ratio:g}x", "bits": first["bits"]}
+            row |= {
+                "bytes": round(statistics.mean(r["files"][at]["bytes"] for r in found)),
+                "as_is": statistics.mean(r["files"][at]["as_is"] for r in found),
+                "trained": statistics.mean(trained),
+                "spread": statistics.stdev(trained) if len(trained) > 1 else None,
+            }
+            rows.append(row)
+    return rows
+
+
+def by_settings(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The results in a folder by all their settings but the seed."""
     seeds: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
         seeds.setdefault(json.dumps(result["settings"] | {"seed": None}), []).append(result)
+    return seeds
+
+
+def summarise(folder: Path, wanted: Sequence[dict[str, Any]]) -> list[Row]:
+    """The mean over all seeds that a folder has for each of some settings."""
+    seeds = by_settings(folder)
     rows = []
     for result in wanted:
         found = seeds[json.dumps(result["settings"] | {"seed": None})]
@@ -344,6 +414,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     flag("--ratios", type=float, nargs="+", default=[4.0, 10.0], metavar="X")
     flag("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     flag("--scratch-lr", type=float, default=1e-2, metavar="LR")
+    at_least_0 = number(lambda x: x >= 0, "at least 0", int)
+    flag("--bit-steps", type=at_least_0, default=0, metavar="N", help="0: write no files")
     args = parser.parse_args(argv)
     tensorly.set_backend("pytorch")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -357,14 +429,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = []
     for ratio in args.ratios:
         for name in args.methods:
+            if name in WHOLE and ratio != args.ratios[0]:
+                continue
             result = run(name, ratio, teacher, data, args)
             results.append(result)
             print(f"{ratio:g}x {name}: {result['before']:.2%}", end="")
             print("", *(f"{accuracy:.2%}" for accuracy in result["curve"]), flush=True)
     rows = summarise(args.out, results)
     print_table(rows)
+    written = shown(args.out, results) if args.bit_steps else []
+    if written:
+        frontier.print_table(written)
     try:
         draw(rows, args.model, taught, args.out / f"{args.model}.png")
+        if written:
+            title = f"{args.model}: accuracy over the length of the file"
+            frontier.draw(written, title, taught, args.out / f"{args.model}-files.png")
     except ImportError:
         print("no picture: matplotlib is missing (extra plot)")
 

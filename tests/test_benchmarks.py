@@ -29,6 +29,7 @@ def benchmarks(monkeypatch):
             "__main__",
             "cuda",
             "device",
+            "fit",
             "generation",
             "making",
             "memory",
@@ -56,7 +57,8 @@ def run(benchmarks, folder, *subjects):
 
 
 @pytest.mark.parametrize(
-    "subject", ["generation", "rewriting", "planning", "training", "inference", "hyperlstm"]
+    "subject",
+    ["generation", "rewriting", "planning", "training", "inference", "hyperlstm", "fit"],
 )
 def test_a_subject_runs_and_its_files_agree(subject, benchmarks, tmp_path):
     run(benchmarks, tmp_path, subject)

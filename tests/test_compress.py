@@ -487,6 +487,60 @@ def test_the_benchmark_trains_every_method_once(
     assert capsys.readouterr().out.splitlines()[-1] == table.splitlines()[-1]
 
 
+def test_files_in_all_bits(script, root, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES.parent)
+    benchmark = importlib.import_module("benchmarks.compress")
+    frontier = benchmark.frontier
+    made = {}
+    measure = frontier.measure
+
+    def kept(model, accuracy, train):
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        rows = measure(model, accuracy, train)
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        made[type(model).__name__, frontier.generated_layers(model) != {}] = model
+        return rows
+
+    monkeypatch.setattr(frontier, "measure", kept)
+    methods = ("channel", "continued", "svd")
+    flags = [
+        *("--data-dir", str(root), "--model", "tiny", "--checkpoint", str(weights)),
+        *("--fit-samples", "8", "--batch-size", "8", "--epochs", "1", "--ratios", "2", "4"),
+        *("--device", "cpu", "--out", str(tmp_path / "out"), "--bit-steps", "2"),
+        *("--methods", *methods),
+    ]
+    benchmark.main(flags)
+    table = capsys.readouterr().out
+    results = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert len(results) == 5  # the continued one only once
+    names = ("hyperize 2x", "hyperize 4x", "continued", "svd 2x", "svd 4x")
+    for result in results:
+        files = {row["bits"]: row for row in result["files"]}
+        assert files[32]["as_is"] == result["curve"][-1]
+        sizes = [files[bits]["bytes"] for bits in (32, 16, 8, 4)]
+        assert sizes == sorted(sizes, reverse=True)
+    for bits in (32, 16, 8, 4):
+        assert all(f"| {name}, {bits} bits | " in table for name in names)
+    assert (tmp_path / "out" / "tiny-files.png").exists()
+
+    x = torch.randn(3, 3, 16, 16)
+    for (_, generated), model in made.items():
+        model.eval()
+        for bits in (16, 8, 4):
+            path = tmp_path / "file.safetensors"
+            if generated:
+                dtype = {16: torch.float16, 8: "int8", 4: "int4"}[bits]
+                hyperize.save(model, path, dtype=dtype)
+                again = hyperize.load(hyperize.to_dense(model), path).eval()
+                assert torch.equal(again(x), frontier.in_bits(model, bits)(x))
+                assert path.stat().st_size == frontier.size_of(model, bits)
+            else:
+                assert not torch.equal(model(x), frontier.in_bits(model, bits)(x))
+    output = frontier.in_bits(model, 4)(x).square().sum()
+    output.backward()  # through the rounding, to the parameters themselves
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def _filled(weights):
     model = plain_model()
     model.load_state_dict(load_file(weights))
