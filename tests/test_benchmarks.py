@@ -27,7 +27,7 @@ def benchmarks(monkeypatch):
         name: importlib.import_module(f"benchmarks.{name}")
         for name in (
             "__main__",
-            "cuda",
+            "gpu",
             "device",
             "fit",
             "generation",
@@ -283,7 +283,7 @@ CUDA = (
 
 
 def test_a_gpu_has_these_subjects(benchmarks):
-    assert tuple(benchmarks["cuda"].SUBJECTS) == CUDA
+    assert tuple(benchmarks["gpu"].SUBJECTS) == CUDA
 
 
 @pytest.mark.parametrize("subject", [name for name in CUDA if name != "peers"])
@@ -316,9 +316,9 @@ def test_peers_on_a_gpu(benchmarks, card, tmp_path, monkeypatch):
 
 
 def test_all_models_of_a_gpu_can_be_made(benchmarks):
-    cuda = benchmarks["cuda"]
-    groups = [value for name, value in vars(cuda).items() if name.isupper()]
-    cases = [c for g in groups if isinstance(g, tuple) for c in g if isinstance(c, cuda.Case)]
+    gpu = benchmarks["gpu"]
+    groups = [value for name, value in vars(gpu).items() if name.isupper()]
+    cases = [c for g in groups if isinstance(g, tuple) for c in g if isinstance(c, gpu.Case)]
     assert len(cases) > 15
     for case in {case.model: case for case in cases}.values():
         with torch.device("meta"):
@@ -329,50 +329,50 @@ def test_all_models_of_a_gpu_can_be_made(benchmarks):
 
 @pytest.mark.parametrize("subject", ["training", "inference", "compiled", "others"])
 def test_the_full_subjects_do_as_the_quick_ones(subject, benchmarks, card, monkeypatch):
-    cuda = benchmarks["cuda"]
+    gpu = benchmarks["gpu"]
     effort = benchmarks["timing"].QUICK
-    monkeypatch.setattr(cuda, "FULL", effort)
-    monkeypatch.setattr(cuda, "REPETITION", 0)
+    monkeypatch.setattr(gpu, "FULL", effort)
+    monkeypatch.setattr(gpu, "REPETITION", 0)
     for name in ("TRAINING", "INFERENCE", "OTHER_TRAINING", "OTHER_INFERENCE"):
-        monkeypatch.setattr(cuda, name, cuda.SMALL[:1])
+        monkeypatch.setattr(gpu, name, gpu.SMALL[:1])
     for name in ("COMPILED", "OTHER_COMPILED", "OTHER_COMPILED_INFERENCE"):
-        monkeypatch.setattr(cuda, name, cuda.SMALL_COMPILED[:1])
-    rows = list(cuda.SUBJECTS[subject](cuda.Bench(card)))
+        monkeypatch.setattr(gpu, name, gpu.SMALL_COMPILED[:1])
+    rows = list(gpu.SUBJECTS[subject](gpu.Bench(card)))
     assert all(len(row.subject) == effort.least for row in rows)
     assert not [row.name for row in rows if not row.subject]
 
 
 def test_what_fails_is_a_row_and_the_run_goes_on(benchmarks, card):
-    cuda, calls = benchmarks["cuda"], []
+    gpu, calls = benchmarks["gpu"], []
 
     def fails():
         raise torch.OutOfMemoryError("no memory\nat all")
 
     def fails_late():
         calls.append(0)
-        if len(calls) > cuda.WARM_UP + 1:
+        if len(calls) > gpu.WARM_UP + 1:
             raise RuntimeError("late")
 
-    bench = cuda.Bench(card, quick=True)
+    bench = gpu.Bench(card, quick=True)
     makers = {"dense": lambda: lambda: None, "a": fails, "b": lambda: lambda: None}
-    pairs = [cuda.Pair("a / dense", "a"), cuda.Pair("b / dense", "b"), cuda.Pair("a / b", "a", "b")]
-    a, b, both = cuda.compare(bench, pairs, makers)
+    pairs = [gpu.Pair("a / dense", "a"), gpu.Pair("b / dense", "b"), gpu.Pair("a / b", "a", "b")]
+    a, b, both = gpu.compare(bench, pairs, makers)
     assert a.note == both.note == "failed: OutOfMemoryError: no memory"
     assert not a.subject
     assert len(b.subject) == 2
-    late = cuda.compare(bench, pairs[:1], makers | {"a": lambda: fails_late})
+    late = gpu.compare(bench, pairs[:1], makers | {"a": lambda: fails_late})
     assert late[0].note == "failed: RuntimeError: late"
-    case = cuda.Case("no_such_model", 32, 2, 1.0)
-    rows = [*cuda._training(bench, [case]), *cuda._inference(bench, [case])]
+    case = gpu.Case("no_such_model", 32, 2, 1.0)
+    rows = [*gpu._training(bench, [case]), *gpu._inference(bench, [case])]
     assert len(rows) == 6
     assert all(row.note.startswith("failed: ") for row in rows)
     assert gc.isenabled()
 
 
 def test_nothing_is_begun_that_would_end_too_late(benchmarks, card, tmp_path, monkeypatch, capsys):
-    cuda = benchmarks["cuda"]
-    monkeypatch.setattr(cuda, "FULL", benchmarks["timing"].QUICK)
-    monkeypatch.setattr(cuda, "TRAINING", cuda.SMALL[:1])
+    gpu = benchmarks["gpu"]
+    monkeypatch.setattr(gpu, "FULL", benchmarks["timing"].QUICK)
+    monkeypatch.setattr(gpu, "TRAINING", gpu.SMALL[:1])
     run_on(benchmarks, tmp_path, "training", "--seconds", "1")
     rows = rows_of(tmp_path, "training")
     assert all(row["note"].startswith("not measured: no time left") for row in rows)
@@ -380,8 +380,8 @@ def test_nothing_is_begun_that_would_end_too_late(benchmarks, card, tmp_path, mo
     assert all(row["subject"] for row in rows_of(tmp_path, "training"))
     run_on(benchmarks, tmp_path, "training")
     assert "training: kept, of" in capsys.readouterr().out
-    bench = cuda.Bench(card, seconds=60, slowest=70)  # compiling has taken longer than is left
-    assert cuda.is_short([{"note": row.note} for row in cuda.compiled(bench)])
+    bench = gpu.Bench(card, seconds=60, slowest=70)  # compiling has taken longer than is left
+    assert gpu.is_short([{"note": row.note} for row in gpu.compiled(bench)])
 
 
 def test_without_a_device_there_is_one_line(benchmarks, tmp_path, monkeypatch):
