@@ -63,8 +63,8 @@ class FitReport:
         sites: One entry per generated weight, in the plan's order.
         error: The relative error over all weights, each site's divided by its standard deviation.
         history: The objective after each sweep, from the start on, as a share of that of zero
-            weights; never grows. With data and embeddings of channels it is that of the outputs,
-            for moments of the inputs that are mixed with a tenth of equal and independent ones.
+            weights; never grows. With data it is that of the outputs, for inputs to which a tenth
+            of equal and independent ones has been added, so that few samples do not lead astray.
         seconds: Wall time.
         notes: Remarks, e.g. on other tensors in which the model differs from the teacher.
     """

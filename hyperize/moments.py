@@ -17,7 +17,7 @@ from hyperize.products import dot, product
 __all__: list[str] = []
 
 _SHRINKAGE = 0.1
-"""By how much a small sample's moments are mixed with equal and independent ones.
+"""Share of equal and independent inputs that is added to what the samples say.
 
 Else the weights go astray where the samples say nothing. ResNet-20 at 4x, CIFAR-10 (JPEG
 re-encoded), accuracy on 1,500 test images after the fit, seed 0: with 8 images 51.7 % without,

@@ -78,7 +78,7 @@ class Problem:
         self.targets = {at: target.weight.to(dtype) for at, target in enumerate(targets)}
         # Inputs that are always zero say nothing of a weight
         self.moments = {
-            at: of.to(dtype)
+            at: of.to(dtype).shrunk()
             for at, target in enumerate(targets)
             if (of := target.moments) is not None and of.values.any()
         }

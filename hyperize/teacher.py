@@ -22,7 +22,7 @@ __all__: list[str] = []
 
 Batch = Tensor | Sequence[Tensor]
 
-_VECTORS = 8192
+_VECTORS = 2**15
 """Input vectors of a layer, about, from which second moments are estimated."""
 _NUMBERS = 2**24
 """Numbers in these vectors, at most about. Of long vectors fewer are taken."""
