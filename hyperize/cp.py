@@ -62,31 +62,31 @@ def solve_blocks(members: Iterable[Member], weight: Tensor, bias: Tensor) -> flo
         By how much the weighted squared error is below that of a zero head.
     """
     k, d = weight.shape
-    pull_of_all = weight.new_zeros(k, d + 1)
-    gram_of_all = weight.new_zeros(d + 1, d + 1)
+    # Of the normal equations of the head, with the bias as its last column
+    right_side, normal = weight.new_zeros(k, d + 1), weight.new_zeros(d + 1, d + 1)
     gram_w = weight.t() @ weight
-    for of in members:
-        u, v, scale, shift = of.rows, of.columns, of.scale, of.offset / of.scale
+    for member in members:
+        u, v, scale, shift = member.rows, member.columns, member.scale, member.offset / member.scale
         # (R, C * k) @ (C * k, d), less what bias and offset contribute, which is one row
         made = (bias + shift) @ weight  # (d,)
-        along = product(of.weight, pairs(v, weight)) / scale - v.sum(0) * made
+        along = product(member.weight, pairs(v, weight)) / scale - v.sum(0) * made
         gram = gram_w * (v.t() @ v)
         u += solved(gram, along - u @ gram)
         left = _with_ones(u)
         # (d + 1, R) @ (R, C * k) -> (d + 1, C, k)
-        along = product(left.t(), of.weight).view(d + 1, -1, k).div_(scale)
+        along = product(left.t(), member.weight).view(d + 1, -1, k).div_(scale)
         gram = gram_w * (u.t() @ u)
         pulled = (along[:-1] * weight.t()[:, None]).sum(2).t() - u.sum(0) * made  # (C, d)
         v += solved(gram, pulled - v @ gram)
         right = _with_ones(v)
         pulled = (along * right.t()[..., None]).sum(1).t()  # (k, d + 1)
-        pull_of_all += of.pull * (pulled - shift * left.sum(0) * right.sum(0))
-        gram_of_all += of.pull * (left.t() @ left) * (right.t() @ right)
+        right_side += member.pull * (pulled - shift * left.sum(0) * right.sum(0))
+        normal += member.pull * (left.t() @ left) * (right.t() @ right)
     both = torch.cat([weight, bias[:, None]], 1)
-    both += solved(gram_of_all, pull_of_all - both @ gram_of_all)
+    both += solved(normal, right_side - both @ normal)
     weight.copy_(both[:, :-1])
     bias.copy_(both[:, -1])
-    return dot(both, 2 * pull_of_all - both @ gram_of_all)
+    return dot(both, 2 * right_side - both @ normal)
 
 
 class OutputFit(Protocol):

@@ -274,10 +274,26 @@ class Problem:
             The objective at the start and after each sweep, as a share of `whole`, which is that of
             the outputs then; empty if there were no moments.
         """
-        number = {name: at for at, name in enumerate(self.names)}
         histories: dict[int, list[float]] = {}
         for moments in passes:
-            for name, of in moments.items():
+            histories |= self._fit_pass(moments, sweeps, tolerance)
+            del moments  # before those of the next pass are there
+        if not histories:
+            return []
+        for at in self.z.keys() - histories.keys():
+            self.factor[at] = self._share(at)
+            histories[at] = [self._reached(at, None)]
+        self.whole = float(len(histories))
+        return combined(list(histories.values()), [1.0] * len(histories))
+
+    def _fit_pass(
+        self, moments: Mapping[str, Moments], sweeps: int, tolerance: float
+    ) -> dict[int, list[float]]:
+        """Fits the weights of one pass, and returns their objectives."""
+        number = {name: at for at, name in enumerate(self.names)}
+        console, histories = Console(stderr=True), {}
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            for name, of in progress.track(moments.items(), description="fitting outputs"):
                 at = number[name]
                 if not of.values.any():  # inputs that are always zero say nothing of a weight
                     continue
@@ -286,13 +302,7 @@ class Problem:
                 histories[at] = self._fit_output(at, sweeps, tolerance)
                 self.output_error[at] = self._output_error(at)
                 del self.moments[at]
-        if not histories:
-            return []
-        for at in self.z.keys() - histories.keys():
-            self.factor[at] = self._share(at)
-            histories[at] = [self._reached(at, None)]
-        self.whole = float(len(histories))
-        return combined(list(histories.values()), [1.0] * len(histories))
+        return histories
 
     def _fit_output(self, at: int, sweeps: int, tolerance: float) -> list[float]:
         """Fits one weight, and returns its objective, of which its target's is 1."""

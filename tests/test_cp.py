@@ -206,6 +206,25 @@ def test_steps_lower_the_error_of_outputs_and_know_it(groups, samples, transpose
     assert history[-1] < 0.7 * history[0]
 
 
+def test_a_step_is_exact_where_moments_are_a_product_of_channels_and_kernels():
+    _, _, weight, u, v, head = case(1, 4, False)
+    generator = torch.Generator().manual_seed(1)
+    roots = [torch.randn(n, 2 * n, generator=generator, dtype=torch.double) for n in (6, 4)]
+    product = torch.kron(*(root @ root.t() for root in roots))
+
+    def gradient():
+        v.requires_grad_(True)
+        with torch.enable_grad():
+            error = weight - torch.einsum("ad,bd,kd->abk", u, v, head).flatten(1)
+            (found,) = torch.autograd.grad((error @ product * error).sum(), v)
+        v.requires_grad_(False)
+        return float(found.norm())
+
+    before = gradient()
+    Outputs(weight, u, v, head, Moments(product[None])).step()
+    assert gradient() < 0.01 * before  # damping and ridge are what is left
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 def test_with_independent_inputs_outputs_are_fitted_as_weights_are(transposed):
     _, _, weight, u, v, head = case(1, 4, transposed)
@@ -254,7 +273,8 @@ def test_marginals_give_back_a_kronecker_product():
         torch.tensor([[2.0, 1.0], [1.0, 3.0]]),
         torch.tensor([[1.5, 0.2], [0.2, 0.5]]),
     )
-    found = Moments(torch.kron(channels, kernel)[None]).marginals(2)
+    groups = torch.kron(channels, kernel)[None].expand(3, -1, -1)
+    found = Moments(groups).marginals(2)
     assert torch.allclose(found[0], channels)
     assert torch.allclose(found[1], kernel)
 
