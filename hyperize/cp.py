@@ -5,6 +5,8 @@ of the kernel and components r; W and B belong to all weights of a kernel size. 
 the products of two factors is the product of their Gram matrices (Kolda and Bader 2009, SIAM Review
 51, sec. 3.4), so that a factor has a closed solution of the price of one product with the weight.
 
+The objective is the squared error and what `noisy` adds to it.
+
 Letters of shapes: R rows, C columns, k elements, d components, O outputs.
 """
 
@@ -22,6 +24,8 @@ from hyperize.products import dot, product
 
 __all__: list[str] = []
 
+NOISE = 1e-2
+"""Variance of the relative errors that factors are to bear, independent of each other."""
 _RIDGE = 1e-6
 """Share of the diagonal that is added to normal equations. What is solved for is a change, so that
 the ridge shortens steps along directions of which the weights say nothing, and moves no optimum."""
@@ -59,7 +63,7 @@ def solve_blocks(members: Iterable[Member], weight: Tensor, bias: Tensor) -> flo
         bias: B, (k,); written.
 
     Returns:
-        By how much the weighted squared error is below that of a zero head.
+        By how much the objective is below that of a zero head.
     """
     k, d = weight.shape
     # Of the normal equations of the head, with the bias as its last column
@@ -70,18 +74,19 @@ def solve_blocks(members: Iterable[Member], weight: Tensor, bias: Tensor) -> flo
         # (R, C * k) @ (C * k, d), less what bias and offset contribute, which is one row
         made = (bias + shift) @ weight  # (d,)
         along = product(member.weight, pairs(v, weight)) / scale - v.sum(0) * made
-        gram = gram_w * (v.t() @ v)
+        gram = noisy(gram_w * (v.t() @ v))
         u += solved(gram, along - u @ gram)
         left = _with_ones(u)
         # (d + 1, R) @ (R, C * k) -> (d + 1, C, k)
         along = product(left.t(), member.weight).view(d + 1, -1, k).div_(scale)
-        gram = gram_w * (u.t() @ u)
+        gram = noisy(gram_w * (u.t() @ u))
         pulled = (along[:-1] * weight.t()[:, None]).sum(2).t() - u.sum(0) * made  # (C, d)
         v += solved(gram, pulled - v @ gram)
         right = _with_ones(v)
         pulled = (along * right.t()[..., None]).sum(1).t()  # (k, d + 1)
         right_side += member.pull * (pulled - shift * left.sum(0) * right.sum(0))
         normal += member.pull * (left.t() @ left) * (right.t() @ right)
+    normal[:-1, :-1] = noisy(normal[:-1, :-1])  # the bias has no part in it
     both = torch.cat([weight, bias[:, None]], 1)
     both += solved(normal, right_side - both @ normal)
     weight.copy_(both[:, :-1])
@@ -142,8 +147,9 @@ class Outputs:
     def step(self) -> None:
         """Sets u, and lowers the error over v."""
         k, d = self.head.shape
-        self.u += solved(self.gram, self.along - product(self.u, self.gram))
-        gram = self.u.mT @ self.u  # (G, d, d)
+        gram = noisy(self.gram)
+        self.u += solved(gram, self.along - product(self.u, gram))
+        gram = noisy(self.u.mT @ self.u)  # (G, d, d)
         # Half of the negative gradient over P, and over v
         pull = product(self.weighed.mT, self.u) - product(self.made, gram)  # (G, C * k, d)
         pull = (pull.sum(0).view(-1, k, d) * self.head).sum(1)  # (C, d)
@@ -159,7 +165,7 @@ class Outputs:
             self._look()
 
     def objective(self) -> float:
-        own = dot(self.gram, self.u.mT @ self.u)
+        own = dot(noisy(self.gram), self.u.mT @ self.u)
         return max(0.0, self.whole - 2 * dot(self.along, self.u) + own)
 
 
@@ -196,15 +202,25 @@ class TransposedOutputs:
 
     def step(self) -> None:
         """Sets u, and then v."""
-        self.u += solved(self.gram, self.along - self.u @ self.gram)
-        gram = self.u.t() @ self.u * self.normal
+        gram = noisy(self.gram)
+        self.u += solved(gram, self.along - self.u @ gram)
+        gram = noisy(self.u.t() @ self.u * self.normal)
         along = product(self.weight, pairs(self.u, self.head))
         self.v += solved(gram, along - self.v @ gram)
         self._look()
 
     def objective(self) -> float:
-        own = dot(self.gram, self.u.t() @ self.u)
+        own = dot(noisy(self.gram), self.u.t() @ self.u)
         return max(0.0, self.whole - 2 * dot(self.along, self.u) + own)
+
+
+def noisy(gram: Tensor) -> Tensor:
+    """The Gram matrix of all terms, with what errors of the factors add in the mean.
+
+    Large terms that cancel out fit a little better, but do not bear rounding. Independent relative
+    errors of a factor, of variance `NOISE`, add so much of each term's square to the squared error.
+    """
+    return gram + NOISE * torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
 
 
 def pairs(a: Tensor, b: Tensor) -> Tensor:

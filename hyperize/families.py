@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hyperize.config import EMBEDDINGS, ConfigError, HyperConfig
-from hyperize.cp import Member, OutputFit, Outputs, TransposedOutputs, solve_blocks
+from hyperize.cp import NOISE, Member, OutputFit, Outputs, TransposedOutputs, solve_blocks
 from hyperize.products import linear
 from hyperize.tiling import Grid, Head, Stack, channels, first, kernel_name, make_grid
 
@@ -207,6 +207,10 @@ class Family:
             The objective.
         """
         raise NotImplementedError
+
+    def penalty(self, problem: Any, at: int) -> float:
+        """What a weight adds to the objective besides its squared error, divided by its scale."""
+        return 0.0
 
     def outputs(self, problem: Any, at: int) -> OutputFit | None:
         """What fits one weight to its layer's outputs, over its embeddings.
@@ -524,6 +528,11 @@ class Channels(Family):
                 parts = (_member(problem, at) for at in members)
                 below += solve_blocks(parts, *problem.net.head(kernel))
         return float(problem.centred) - below
+
+    def penalty(self, problem: Any, at: int) -> float:
+        (u, v), (weight, _) = problem.z[at], problem.net.head(problem.grids[at].kernel)
+        u, v, w = (factor.square().sum(0) for factor in (u, v, weight))
+        return NOISE * float((u * v * w).sum())
 
     def outputs(self, problem: Any, at: int) -> OutputFit | None:
         grid, (scale, offset) = problem.grids[at], problem.constants[at]

@@ -333,8 +333,10 @@ class Problem:
 
     @torch.no_grad()
     def objective(self) -> float:
-        """The weighted sum of squared errors."""
-        return sum(self._reached(at, None) for at in self.z)
+        """The weighted sum of squared errors, and the family's penalty."""
+        return sum(
+            self._reached(at, None) + self.pull(at) * self.family.penalty(self, at) for at in self.z
+        )
 
     def _solve(self, block: list[Tensor], sites: Iterable[int]) -> None:
         """Lowers the objective of some sites over one block by conjugate gradients."""
