@@ -6,9 +6,11 @@ compared on the meta device before memory is taken, so that a wrong file leaves 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -145,7 +147,7 @@ def write(
     header[_DIGEST] = _digest(header, stored)
     with replacing(target) as part:
         # One entry, as safetensors writes several in no fixed order
-        save_file(stored, part, {_HEADER: json.dumps(header)})
+        save_file(stored, part, {_HEADER: written_header(header)})
     return FileReport(
         path=target,
         bytes=target.stat().st_size,
@@ -230,14 +232,38 @@ def _opened(path: PathLike) -> Iterator[Any]:
         raise FileError(f"{path} cannot be read: {error}") from error
 
 
+def written_header(header: Mapping[str, Any]) -> str:
+    """The header as text: JSON, and packed where every byte counts, in files in bits."""
+    text = json.dumps(header)
+    if header["format"] != IN_BITS:
+        return text
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
+
+
+def parsed_header(text: str) -> Any:
+    """The inverse of `written_header`; takes JSON in any case.
+
+    Raises:
+        ValueError: The text is neither, or more than `LONGEST_HEADER` bytes are packed in it.
+        zlib.error: As before.
+    """
+    if text.lstrip().startswith("{"):
+        return json.loads(text)
+    unpacking = zlib.decompressobj()
+    unpacked = unpacking.decompress(base64.b64decode(text, validate=True), LONGEST_HEADER)
+    if not unpacking.eof:
+        raise ValueError("the header is cut off, or too long")
+    return json.loads(unpacked)
+
+
 def _parse(metadata: Mapping[str, str], path: PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """The header with its plans read, and as it is written."""
     try:
-        raw = json.loads(metadata[_HEADER])
+        raw = parsed_header(metadata[_HEADER])
         written = raw["format"]
         if not isinstance(written, int):
             raise TypeError(f"format {written!r}")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, zlib.error) as error:
         raise FileError(
             f"{path} is a safetensors file, but not one that hyperize.save wrote; for a plain "
             "state dict of a hyperized model, hyperize the model first and use load_state_dict."

@@ -65,7 +65,7 @@ def tensors_of(hyper):
 
 def header_of(path):
     with safetensors.safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["hyperize"])
+        return files.parsed_header(file.metadata()["hyperize"])
 
 
 def write(path, header, tensors):

@@ -1,8 +1,10 @@
 """Files in few bits, and training with the rounding that they have."""
 
+import base64
 import copy
 import io
 import json
+import zlib
 from contextlib import nullcontext
 
 import pytest
@@ -20,6 +22,7 @@ from hyperize import (
     ModelError,
     cached,
     export_onnx,
+    files,
     from_pretrained,
     generated_l2,
     hyperize,
@@ -31,7 +34,7 @@ from hyperize import (
     to_dense,
 )
 from hyperize.cli import main
-from hyperize.files import STEP, _digest, write_dense
+from hyperize.files import STEP, _digest, parsed_header, write_dense, written_header
 from hyperize.parts import generated_layers
 from hyperize.rounding import decode, encode, is_matrix, nearest, pack, rows_of, unpack
 
@@ -209,7 +212,7 @@ def test_files_of_floats_are_as_before(convolutions, tmp_path):
     for dtype, number in ((None, 2), (torch.float16, 2), ("int8", 3)):
         save(hyper, tmp_path / "m", dtype=dtype)
         with safetensors.safe_open(tmp_path / "m", "pt") as file:
-            header = json.loads(file.metadata()["hyperize"])
+            header = parsed_header(file.metadata()["hyperize"])
         assert header["format"] == number  # which readers of 2 refuse
         assert ("bits" in header) == (number == 3)
     save(hyper, tmp_path / "m")
@@ -303,7 +306,7 @@ def test_files_that_are_not_what_they_say(bits, tmp_path):
     save(hyperize(model, compression=2), tmp_path / "m", dtype=f"int{bits}")
     tensors = load_file(tmp_path / "m")
     with safetensors.safe_open(tmp_path / "m", "pt") as file:
-        header = json.loads(file.metadata()["hyperize"])
+        header = parsed_header(file.metadata()["hyperize"])
     name = "block.weight"
     shape = header["bits"][name][1]
 
@@ -338,9 +341,40 @@ def test_files_that_are_not_what_they_say(bits, tmp_path):
         changed = dict(header_)
         changed.pop("sha256")
         changed["sha256"] = _digest(changed, tensors_)
-        save_file(tensors_, tmp_path / "bad", {"hyperize": json.dumps(changed)})
-        with pytest.raises(FileError):
-            load(model, tmp_path / "bad")
+        for text in (json.dumps(changed), written_header(changed)):
+            save_file(tensors_, tmp_path / "bad", {"hyperize": text})
+            with pytest.raises(FileError):
+                load(model, tmp_path / "bad")
+
+
+def test_packed_headers_that_are_wrong(tmp_path, monkeypatch):
+    hyper = hyperize(nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 32, 3)), seed=0)
+    save(hyper, tmp_path / "m", dtype="int8")
+    tensors = load_file(tmp_path / "m")
+    with safetensors.safe_open(tmp_path / "m", "pt") as file:
+        text = file.metadata()["hyperize"]
+    assert not text.startswith("{")
+    assert len(text) < 0.7 * len(json.dumps(parsed_header(text)))
+
+    def packed(content):
+        return base64.b64encode(zlib.compress(content)).decode()
+
+    for wrong in (
+        text[:-8],
+        text + "!",
+        "",
+        "{",
+        packed(b"no JSON"),
+        packed(b"\xff"),
+        packed(b"[]"),
+    ):
+        save_file(tensors, tmp_path / "bad", {"hyperize": wrong})
+        with pytest.raises(FileError, match="not one that"):
+            load(to_dense(hyper), tmp_path / "bad")
+    monkeypatch.setattr(files, "LONGEST_HEADER", 2**16)
+    save_file(tensors, tmp_path / "bad", {"hyperize": packed(b" " * 2**16 + b"{}")})
+    with pytest.raises(FileError):  # a few bytes that would take a lot of memory
+        load(to_dense(hyper), tmp_path / "bad")
 
 
 # ------------------------------------------------------------------------- training with rounding
