@@ -342,13 +342,16 @@ def test_a_model_that_writes_into_its_activations_does_not_change_the_samples():
 
 def stack():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 24, 3), nn.Conv2d(24, 24, 1))
+    widths = [(3, 24), (24, 24), (24, 32)]
+    layers = [layer for pair in widths for layer in (nn.Conv2d(*pair, 3), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
 
 
 def test_moments_come_in_as_many_passes_as_memory_needs(monkeypatch):
     dense, x = stack(), torch.randn(4, 3, 8, 8)
     hyper = hyperize(dense, compression=2, embeddings="channel", targets="conv2d", seed=0)
     sites = [planned.site for planned in find_groups(hyper)[0].plan.sites]
+    assert len(sites) > 1
     once = list(teacher.in_passes(dense, sites, [x]))
     assert len(once) == 1
     at_once = fit_(hyper, dense, data=[x])
