@@ -252,6 +252,8 @@ METHODS: dict[str, Callable[..., nn.Module]] = {
     "cp": decomposed(cp),
 }
 FROM_SCRATCH = ("scratch", "scratch-tile", "thin", "dense")
+CALLED = {"channel": "hyperize", "continued": "dense", "dense": "dense-from-scratch"}
+"""What the frontier calls methods that are not called so there."""
 WHOLE = ("dense", "continued")
 """Methods without a ratio, which run once."""
 
@@ -320,7 +322,7 @@ def shown(folder: Path, wanted: Sequence[dict[str, Any]]) -> list[dict[str, Any]
     for result in wanted:
         found = seeds[json.dumps(result["settings"] | {"seed": None})]
         method, ratio = (result["settings"][name] for name in ("method", "ratio"))
-        name = "hyperize" if method == "channel" else method
+        name = CALLED.get(method, method)
         for at, first in enumerate(result["files"]):
             trained = [r["files"][at]["trained"] for r in found]
             row = {"name": name if method in WHOLE else f"{name} {ratio:g}x", "bits": first["bits"]}

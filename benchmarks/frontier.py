@@ -136,6 +136,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, taught: float, path: Path) 
     """Draws accuracy over the length of the file, a line for each network."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(8.4, 5), layout="constrained")
     axes = figure.subplots()
@@ -147,7 +148,7 @@ def draw(rows: Sequence[dict[str, Any]], title: str, taught: float, path: Path) 
         kind, _, ratio = name.partition(" ")
         line = sorted((r for r in rows if r["name"] == name), key=lambda row: row["bytes"])
         x, y = [row["bytes"] / 1e3 for row in line], [100 * row["trained"] for row in line]
-        ours = kind in ("hyperize", "continued")
+        ours = kind in ("hyperize", "dense")
         color = f"C{kinds.index(kind) % 10}"
         axes.plot(x, y, color=color, lw=1.8 if ours else 0.8, alpha=1 if ours else 0.6)
         for row, at, height in zip(line, x, y, strict=True):
@@ -155,6 +156,9 @@ def draw(rows: Sequence[dict[str, Any]], title: str, taught: float, path: Path) 
         axes.annotate(ratio or kind, (x[-1], y[-1]), (4, 3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="length of the file (kB)", ylabel="test accuracy (%)")
     axes.set_title(title)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     low = sorted(100 * row["trained"] for row in rows)[len(rows) // 8]
     axes.set_ylim(bottom=math.floor(low), top=100 * max(row["trained"] for row in rows) + 1.5)
     handles = [Line2D([], [], color=f"C{at % 10}", label=kind) for at, kind in enumerate(kinds)]

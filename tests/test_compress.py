@@ -513,7 +513,7 @@ def test_files_in_all_bits(script, root, weights, tmp_path, monkeypatch, capsys)
     table = capsys.readouterr().out
     results = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
     assert len(results) == 5  # the continued one only once
-    names = ("hyperize 2x", "hyperize 4x", "continued", "svd 2x", "svd 4x")
+    names = ("hyperize 2x", "hyperize 4x", "dense", "svd 2x", "svd 4x")
     for result in results:
         files = {row["bits"]: row for row in result["files"]}
         assert files[32]["as_is"] == result["curve"][-1]
