@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse
 
     flag("--network", "which one", choices=list(SUBJECTS), default="crepe-tiny")
     flag("--compression", "of the whole network", type=above_0, default=4.0, metavar="X")
-    flag("--embeddings", "what has one", choices=("tile", "channel"), default="tile")
+    flag("--embeddings", "what has one", choices=("channel", "tile"), default="channel")
     flag("--bits", "of each number in the small file", type=int, choices=(4, 8), default=8)
     flag("--rounded", "share of the steps that train with rounding", type=share, default=0.3)
     flag("--steps", "training steps", type=positive, default=600, metavar="N")

@@ -306,7 +306,7 @@ def test_the_dense_model_has_the_reported_errors(name, with_data):
     assert report.error == pytest.approx(math.sqrt(missed / whole), rel=ROUNDING[torch.float32])
     outputs = [site.output_error for site in report.sites]
     if not with_data:  # the objective is the error then, each site by its variance
-        # and with channels a hundredth of the square of each term
+        # and with channels a thousandth of the square of each term
         most = 1.1 if "channels" in name else 1 + ROUNDING[torch.float32]
         assert report.error**2 / (1 + ROUNDING[torch.float32]) <= report.history[-1]
         assert report.history[-1] <= most * report.error**2
