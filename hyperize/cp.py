@@ -27,9 +27,9 @@ __all__: list[str] = []
 NOISE = 1e-3
 """Variance of the relative errors that factors are to bear, independent of each other.
 
-ResNet-20 on CIFAR-10 (JPEG re-encoded) after one epoch and some steps with the rounding, seed 0, in
-8 bits and in 4. At 4x: 78.6 % and 23.1 % with 0, 82.0 % and 60.7 % with 1e-3, 82.0 % and 74.5 % with
-1e-2. At 10x: 74.5 % and 19.0 %, 75.3 % and 50.0 %, 74.3 % and 67.3 %.
+ResNet-20 on CIFAR-10 (JPEG re-encoded) after one epoch and some steps with the rounding, in 8 bits
+and in 4, seed 0. At 4x: 78.6 % and 23.1 % with 0, 82.0 % and 60.7 % with 1e-3, 82.0 % and 74.5 %
+with 1e-2. At 10x: 74.5 % and 19.0 %, 75.3 % and 50.0 %, 74.3 % and 67.3 %.
 """
 _RIDGE = 1e-6
 """Share of the diagonal that is added to normal equations. What is solved for is a change, so that
