@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hyperize import quantized, save
+from hyperize import files, quantized, save
 from hyperize.parts import generated_layers
-from hyperize.rounding import encode, is_matrix, nearest, pack
+from hyperize.rounding import nearest
 
 BITS = (32, 16, 8, 4)
 """Of the numbers in a file."""
@@ -44,12 +44,10 @@ def size_of(model: nn.Module, bits: int) -> int:
 def stored(model: nn.Module, bits: int) -> dict[str, Tensor]:
     """A state dict by the rules of hyperize's own files: what is no parameter stays as it is."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    for name, param in model.named_parameters():
-        if bits < 16 and is_matrix(param):
-            numbers, state[name + ":step"] = encode(param, bits)
-            state[name] = numbers if bits == 8 else pack(numbers)
-        elif bits < 32:
-            state[name] = param.detach().half()
+    if bits < 16:
+        return files.in_bits(model, state, bits)[0]
+    for name, param in model.named_parameters() if bits == 16 else ():
+        state[name] = param.detach().half()
     return state
 
 

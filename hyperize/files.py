@@ -133,7 +133,7 @@ def write(
     state = _tensors(hyper)
     bits: dict[str, list[Any]] = {}
     if dtype in ("int8", "int4"):
-        stored, values, dtypes, bits = _in_bits(hyper, state, 8 if dtype == "int8" else 4)
+        stored, values, dtypes, bits = in_bits(hyper, state, 8 if dtype == "int8" else 4)
     else:
         stored, dtypes = _rounded(hyper, state, dtype)
         values = stored
@@ -438,7 +438,7 @@ def _rounded(
     return stored, dtypes
 
 
-def _in_bits(
+def in_bits(
     model: nn.Module, state: dict[str, Tensor], bits: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, str], dict[str, list[Any]]]:
     """The tensors as stored, the values that they stand for, their dtypes, bits and shapes.

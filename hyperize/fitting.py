@@ -147,18 +147,18 @@ def fit_(
     weights = {planned.site.name: _target(planned.site, state) for planned in sites}
     batches = [] if data is None else as_batches(data)
     runs = _module(hyper, teacher) if batches else None
+    # With closed solutions weights are fitted as they are first, then to outputs, one by one
+    at_once = [p.site for g in groups if not g.hypernet.family.closed for p in g.plan.sites]
+    known = second_moments(runs, at_once, batches) if runs is not None and at_once else {}
     problems, histories = [], []
     for group in groups:
         of = [planned.site for planned in group.plan.sites]
-        # With closed solutions weights are fitted as they are first, then to outputs, one by one
-        closed = group.hypernet.family.closed
-        known = {} if runs is None or closed else second_moments(runs, of, batches)
         targets = _targets(group.plan, weights, known, next(group.hypernet.parameters()))
         embeddings = [_embedding(group, site) for site in of]
         problem = Problem(group.hypernet, targets, embeddings, weighting)
         problem.start()
         history = problem.alternate(sweeps, tolerance)
-        if runs is not None and closed:
+        if runs is not None and problem.family.closed:
             passes = in_passes(runs, of, batches)
             history = problem.fit_outputs(passes, sweeps, tolerance) or history
         problems.append(problem)

@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from typing import cast
 
@@ -98,10 +99,13 @@ class Problem:
             else:
                 self.factor[at] = std**-2 if weighting == "relative" else 1.0
         self.whole = sum(self._squares(at, t)[0] for at, t in self.targets.items())
-        self.centred = sum(
+
+    @cached_property
+    def centred(self) -> float:
+        """The objective of weights that are their offset."""
+        return sum(
             self._squares(at, t - self.constants[at][1])[0] for at, t in self.targets.items()
         )
-        """The objective of weights that are their offset."""
 
     def _share(self, at: int) -> float:
         """The factor by which the target of a site counts 1."""
