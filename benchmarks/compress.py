@@ -48,9 +48,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tensorly
 import torch
-from tensorly.decomposition import parafac, partial_tucker
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -72,12 +70,9 @@ from train_cifar import SIZES, ResNet
 from twins import predicted, shuffled, steps_of, train
 
 from benchmarks import frontier
+from benchmarks.lowrank import Replace, cp, shrunk, size, svd, tucker
 from hyperize import fit_, hyperize
 from hyperize.parts import generated_layers
-
-SHRINK = 0.98
-"""Factor by which the rank of a decomposition is lowered until it has few enough parameters."""
-
 
 SETTINGS = (
     "epochs", "steps", "batch_size", "weight_decay", "kd_temperature", "kd_weight", "amp",
@@ -107,10 +102,6 @@ class Row:
     after: float
     spread: float | None
     seeds: int
-
-
-def size(model: nn.Module) -> int:
-    return sum(param.numel() for param in model.parameters())
 
 
 def ours(teacher: nn.Module, ratio: float, args: argparse.Namespace, **options: Any) -> nn.Module:
@@ -161,81 +152,16 @@ def thin(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data)
     return max((m for m in models if size(m) <= most), key=size)
 
 
-Replace = Callable[[nn.Conv2d, float], nn.Sequential]
-"""From a convolution and the share of its weights to keep to a chain of smaller ones."""
-
-
 def decomposed(replace: Replace) -> Callable[..., nn.Module]:
     """A method that replaces every convolution that ours generates."""
 
     def method(teacher: nn.Module, ratio: float, args: argparse.Namespace, data: Data) -> nn.Module:
         hyper = ours(teacher, ratio, args)
-        most, share = size(hyper), 1.0 / ratio
-        while True:
-            model = copy.deepcopy(teacher)
-            for path in generated_layers(hyper):
-                conv = model.get_submodule(path)
-                assert isinstance(conv, nn.Conv2d)
-                model.set_submodule(path, replace(conv, share))
-            if size(model) <= most:
-                break
-            share *= SHRINK
+        model = shrunk(teacher, generated_layers(hyper), replace, size(hyper), 1.0 / ratio)
         update_bn(data.sample(args.fit_samples, args.batch_size, args.seed), model)
         return model
 
     return method
-
-
-def chain(*layers: tuple[nn.Conv2d, Tensor]) -> nn.Sequential:
-    for layer, weight in layers:
-        layer.weight.data = weight.contiguous().view_as(layer.weight)
-    return nn.Sequential(*(layer for layer, _ in layers))
-
-
-def spatial(conv: nn.Conv2d) -> dict[str, Any]:
-    return {"kernel_size": conv.kernel_size, "stride": conv.stride, "padding": conv.padding}
-
-
-def svd(conv: nn.Conv2d, share: float) -> nn.Sequential:
-    weight = conv.weight.detach()
-    n_out, n_in = weight.shape[:2]
-    rank = max(1, int(share * weight.numel() / (n_out + weight[0].numel())))
-    u, s, v = torch.linalg.svd(weight.flatten(1), full_matrices=False)
-    return chain(
-        (nn.Conv2d(n_in, rank, bias=False, **spatial(conv)), s[:rank, None] * v[:rank]),
-        (nn.Conv2d(rank, n_out, 1, bias=False), u[:, :rank]),
-    )
-
-
-def tucker(conv: nn.Conv2d, share: float) -> nn.Sequential:
-    weight = conv.weight.detach()
-    n_out, n_in = weight.shape[:2]
-    # Ranks in proportion to the channels: a^2 * core + a * factors = share * weights
-    core, factors = weight.numel(), n_out**2 + n_in**2
-    a = (math.sqrt(factors**2 + 4 * core * share * weight.numel()) - factors) / (2 * core)
-    ranks = [max(1, int(a * n_out)), max(1, int(a * n_in))]
-    (core, (u_out, u_in)), _ = partial_tucker(weight, rank=ranks, modes=[0, 1], init="svd")
-    return chain(
-        (nn.Conv2d(n_in, ranks[1], 1, bias=False), u_in.t()),
-        (nn.Conv2d(ranks[1], ranks[0], bias=False, **spatial(conv)), core),
-        (nn.Conv2d(ranks[0], n_out, 1, bias=False), u_out),
-    )
-
-
-def cp(conv: nn.Conv2d, share: float) -> nn.Sequential:
-    weight = conv.weight.detach()
-    n_out, n_in, height, width = weight.shape
-    rank = max(1, int(share * weight.numel() / sum(weight.shape)))
-    scale, factors = parafac(weight, rank=rank, init="random", random_state=0, n_iter_max=200)
-    out, into, rows, columns = factors
-    (sh, sw), (ph, pw) = spatial(conv)["stride"], spatial(conv)["padding"]
-    deep: dict[str, Any] = {"groups": rank, "bias": False}
-    return chain(
-        (nn.Conv2d(n_in, rank, 1, bias=False), into.t()),
-        (nn.Conv2d(rank, rank, (height, 1), (sh, 1), (ph, 0), **deep), rows.t()),
-        (nn.Conv2d(rank, rank, (1, width), (1, sw), (0, pw), **deep), columns.t()),
-        (nn.Conv2d(rank, n_out, 1, bias=False), out * scale),
-    )
 
 
 METHODS: dict[str, Callable[..., nn.Module]] = {
@@ -419,7 +345,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     at_least_0 = number(lambda x: x >= 0, "at least 0", int)
     flag("--bit-steps", type=at_least_0, default=0, metavar="N", help="0: write no files")
     args = parser.parse_args(argv)
-    tensorly.set_backend("pytorch")
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         data = read_data(args)

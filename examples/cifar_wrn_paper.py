@@ -58,24 +58,27 @@ class WideResNet(nn.Module):
 
     Args:
         depth: Layers, 6n + 4.
-        width: Factor k of the widths 16, 32 and 64.
+        width: Factor k of the widths 16, 32 and 64, which are rounded. The first convolution has
+            16 channels, or fewer if the first group has.
         num_classes: Outputs.
 
     Raises:
         ValueError: No such depth.
     """
 
-    def __init__(self, depth: int = 40, width: int = 1, num_classes: int = 10) -> None:
+    def __init__(self, depth: int = 40, width: float = 1, num_classes: int = 10) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 4, 6)
         if blocks < 1 or rest:
             raise ValueError(f"depth must be 6n + 4 and at least 10, got {depth}")
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1)
-        self.group1 = group(blocks, 16, 16 * width, 1)
-        self.group2 = group(blocks, 16 * width, 32 * width, 2)
-        self.group3 = group(blocks, 32 * width, 64 * width, 2)
-        self.bn = nn.BatchNorm2d(64 * width)
-        self.fc = nn.Linear(64 * width, num_classes)
+        a, b, c = (max(1, round(width * channels)) for channels in (16, 32, 64))
+        stem = min(16, a)
+        self.conv1 = nn.Conv2d(3, stem, 3, padding=1)
+        self.group1 = group(blocks, stem, a, 1)
+        self.group2 = group(blocks, a, b, 2)
+        self.group3 = group(blocks, b, c, 2)
+        self.bn = nn.BatchNorm2d(c)
+        self.fc = nn.Linear(c, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module.bias is not None:
                 nn.init.kaiming_normal_(module.weight)

@@ -42,12 +42,12 @@ class ResNet(nn.Module):
     Args:
         n: Blocks per stage.
         num_classes: Outputs.
-        width: Channels of the first stage; the others have two and four times as many.
+        width: Channels of the first stage; the others have two and four times as many, rounded.
     """
 
-    def __init__(self, n: int = 3, num_classes: int = 10, width: int = 16) -> None:
+    def __init__(self, n: int = 3, num_classes: int = 10, width: float = 16) -> None:
         super().__init__()
-        a, b, c = width, 2 * width, 4 * width
+        a, b, c = (max(1, round(factor * width)) for factor in (1, 2, 4))
         self.conv1 = nn.Conv2d(3, a, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(a)
         self.layer1 = nn.Sequential(*(Block(a, a) for _ in range(n)))

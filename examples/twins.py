@@ -67,6 +67,7 @@ class Twin:
         schedule: Of the learning rate, advanced after every step, so that it counts them.
         steps: Training steps in all.
         seconds: Wall time of each training step so far.
+        captured: Training steps as CUDA graphs, by the shapes of their batches.
     """
 
     name: str
@@ -75,6 +76,64 @@ class Twin:
     schedule: torch.optim.lr_scheduler.LRScheduler
     steps: int
     seconds: list[float] = field(default_factory=list)
+    captured: dict[tuple[torch.Size, ...], CapturedStep] = field(default_factory=dict)
+
+
+class CapturedStep:
+    """A training step as one CUDA graph, which is launched at once.
+
+    The hundreds of kernels of a small network's step take longer to launch than to run. What is
+    captured leaves the run as it was: it has taken no step.
+
+    Args:
+        run: With an optimizer that is capturable, and a model without control flow that depends on
+            values.
+        batch: Tensors on the GPU; those of later steps have the same shapes.
+        loss: As in `train`.
+    """
+
+    def __init__(self, run: Twin, batch: Sequence[Tensor], loss: Callable[..., Tensor]) -> None:
+        self.batch = [part.clone() for part in batch]
+        optimizer, device = run.optimizer, self.batch[0].device
+        for group in optimizer.param_groups:  # a tensor, so that replays read what is set later
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+
+        def work() -> Tensor:
+            optimizer.zero_grad()
+            value = loss(run, *self.batch)
+            value.backward()
+            optimizer.step()
+            return value.detach()
+
+        before = {id(t): t.clone() for t in _tensors(run)}
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is set up once must not be in the graph
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.no_grad():
+            for tensor in _tensors(run):  # an optimizer's own begin with zeros
+                old = before.get(id(tensor))
+                tensor.zero_() if old is None else tensor.copy_(old)
+        optimizer.zero_grad()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.value = work()
+
+    def __call__(self, batch: Sequence[Tensor]) -> Tensor:
+        """Takes a step; returns the loss, until the next one."""
+        for own, given in zip(self.batch, batch, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.value
+
+
+def _tensors(run: Twin) -> list[Tensor]:
+    """All that a step changes: parameters, buffers and the optimizer's state."""
+    states = (tensor for state in run.optimizer.state.values() for tensor in state.values())
+    own = (t for t in states if isinstance(t, Tensor))
+    return [*run.model.parameters(), *run.model.buffers(), *own]
 
 
 AnyTwin = TypeVar("AnyTwin", bound=Twin)
@@ -191,7 +250,9 @@ def train(
     runs: Sequence[AnyTwin],
     batches: Iterable[Sequence[Any]],
     loss: Callable[..., Tensor],
-    title: str = "training",
+    title: str | None = "training",
+    *,
+    capture: bool = False,
 ) -> None:
     """Trains models in turns on the same batches; on a terminal, under a progress bar.
 
@@ -199,14 +260,15 @@ def train(
         runs: The models. One that has taken all of its steps is left out.
         batches: As many as steps are to be taken, at most.
         loss: From a run and the members of a batch to what is minimised.
-        title: What the bar is called.
+        title: What the bar is called; None for no bar.
+        capture: Capture each run's step in a CUDA graph, as `CapturedStep` wants it.
     """
-    with progress_bar() as progress:
+    with progress_bar(title is not None) as progress:
         total, done = max((run.steps, run.schedule.last_epoch) for run in runs)
-        task = progress.add_task(title, total=total, completed=done)
+        task = progress.add_task(title or "", total=total, completed=done)
         for batch in batches:
             losses = [
-                f"{run.name} {_step(run, batch, loss):.3f}"
+                f"{run.name} {_step(run, batch, loss, capture):.3f}"
                 for run in runs
                 if run.schedule.last_epoch < run.steps
             ]
@@ -215,21 +277,30 @@ def train(
             progress.update(task, advance=1, description=f"{title}: loss: {', '.join(losses)}")
 
 
-def progress_bar() -> Progress:
+def progress_bar(shown: bool = True) -> Progress:
     """A bar with a description, steps and the time left; silent unless stderr is a terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     return Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
     )
 
 
-def _step(run: AnyTwin, batch: Sequence[Any], loss: Callable[..., Tensor]) -> float:
+def _step(run: AnyTwin, batch: Sequence[Any], loss: Callable[..., Tensor], capture: bool) -> float:
     start = time.perf_counter()
-    run.optimizer.zero_grad()
-    value = loss(run, *batch)
-    value.backward()
-    run.optimizer.step()
+    if capture:
+        shapes = tuple(part.shape for part in batch)
+        if shapes not in run.captured:
+            run.captured[shapes] = CapturedStep(run, batch, loss)
+        value = run.captured[shapes](batch)
+    else:
+        run.optimizer.zero_grad()
+        value = loss(run, *batch)
+        value.backward()
+        run.optimizer.step()
     run.schedule.step()
     reached = value.item()  # a GPU has been waited for then, so that the time is the step's
     run.seconds.append(time.perf_counter() - start)
