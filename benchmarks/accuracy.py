@@ -39,14 +39,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from cifar_wrn_paper import one_cycle
 from paper import (
-    Run,
+    in_bfloat16,
     make_run,
     one_epoch,
     penalised,
@@ -172,15 +171,10 @@ def work(job: Job, args: argparse.Namespace, epochs: Any) -> dict[str, Any]:
     l2 = recipe.l2 if generated_layers(model) else 0.0
     run = make_run(job.method, model, optimizer, rate, steps, l2)
     start = resume(checkpoint, [run], asdict(job)) if checkpoint.exists() else 0
-    device = torch.device(args.device).type
-
-    def loss(run: Run, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(device, torch.bfloat16, job.amp, cache_enabled=False):
-            return penalised(run, images, labels)
-
+    loss, gpu = (in_bfloat16(penalised) if job.amp else penalised), args.device.startswith("cuda")
     for epoch in range(start, job.epochs):
         batches = one_epoch(trained, job.batch_size, job.seed, epoch, pad=4, flip=True)
-        train([run], islice(batches, args.steps), loss, None, capture=device == "cuda")
+        train([run], islice(batches, args.steps), loss, None, capture=gpu)
         suspend(checkpoint, [run], asdict(job), epoch + 1)
         epochs.put(1)
     with torch.no_grad():
@@ -191,7 +185,7 @@ def work(job: Job, args: argparse.Namespace, epochs: Any) -> dict[str, Any]:
         "parameters": size(model),
         "bytes": size_of(model, 32),
         "step_ms": 1e3 * statistics.median(run.seconds[1:] or run.seconds),
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
     }
     with replacing(path) as part:
         part.write_text(json.dumps(result))

@@ -116,6 +116,8 @@ def experiment(
     *,
     pad: int,
     flip: bool = False,
+    amp: bool = False,
+    capture: bool = False,
 ) -> list[Result]:
     """Trains the runs, or goes on with it, prints the table and saves the hyper model.
 
@@ -125,6 +127,8 @@ def experiment(
         args: The flags of `make_parser` and the caller's own, which a checkpoint has to share.
         pad: Pixels of padding out of which each image is cropped at random.
         flip: Mirror half of the images.
+        amp: Compute in bfloat16.
+        capture: Capture each run's step in a CUDA graph, as `twins.CapturedStep` wants it.
 
     Returns:
         The rows of the table.
@@ -143,9 +147,10 @@ def experiment(
         print(f"resumed after epoch {start}: {checkpoint}")
     steps = max(run.steps for run in runs)
     per_epoch = steps_per_epoch(images[0], args.batch_size)
+    loss = in_bfloat16(penalised) if amp else penalised
     for epoch in range(start, math.ceil(steps / per_epoch)):
         batches = one_epoch(images[0], args.batch_size, args.seed, epoch, pad=pad, flip=flip)
-        train(runs, batches, penalised, f"epoch {epoch + 1}")
+        train(runs, batches, loss, f"epoch {epoch + 1}", capture=capture)
         suspend(checkpoint, runs, settings_of(args), epoch + 1)
     results = [evaluate(run, lambda model: classified(model, images[1])) for run in runs]
     print_table(results)
@@ -171,6 +176,17 @@ def penalised(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
     with generated_l2(run.model) if run.l2 else nullcontext() as l2:
         loss = F.cross_entropy(run.model(inputs), targets)
     return loss + 0.5 * run.l2 * l2() if l2 else loss
+
+
+def in_bfloat16(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A loss that is computed under autocast, as a CUDA graph can capture it."""
+
+    def cast(run: Run, inputs: Tensor, targets: Tensor) -> Tensor:
+        # Casts that outlive the region would be those of the first step
+        with torch.autocast(inputs.device.type, torch.bfloat16, cache_enabled=False):
+            return loss(run, inputs, targets)
+
+    return cast
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:

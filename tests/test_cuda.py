@@ -5,8 +5,10 @@ the CPU in all its cases. Here are the kernels, dtypes, graphs and memory of the
 """
 
 import copy
+import importlib
 import pickle
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -244,6 +246,38 @@ def test_a_training_step_is_captured_in_a_cuda_graph(name, autocasts):
     for _ in range(7):
         wanted = plain()
     assert close(loss, wanted, HALF if autocasts else ROUNDING)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+def test_the_training_loop_of_the_examples_captures_its_steps(optimizer, monkeypatch):
+    """Also with batches of two sizes, and a rate that changes from step to step."""
+    root = Path(__file__).parents[1]
+    for folder in (root, root / "examples"):
+        monkeypatch.syspath_prepend(folder)
+    recipes = importlib.import_module("benchmarks.recipes")
+    paper, twins = (importlib.import_module(name) for name in ("paper", "twins"))
+    hyper = image_model("resnet18")
+    recipe = recipes.Recipe(optimizer, 0.01, embedding_lr=2.0)
+    runs = []
+    for capture in (False, True):
+        model = copy.deepcopy(hyper)
+        made = recipes.optimizer_of(model, recipe, DEVICE)
+        run = paper.make_run("hyper", model, made, lambda step: 1e-3 / (1 + step), 6, l2=1e-4)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        sizes = (4, 4, 3, 4, 3, 4)
+        batches = [
+            (
+                torch.randn(n, 3, 64, 64, device=DEVICE, generator=generator),
+                torch.randint(7, (n,), device=DEVICE, generator=generator),
+            )
+            for n in sizes
+        ]
+        twins.train([run], batches, paper.penalised, None, capture=capture)
+        assert run.schedule.last_epoch == len(sizes)
+        runs.append(run.model.eval())
+    x = images("resnet18")
+    assert not close(runs[0](x), hyper.eval()(x), 10 * ROUNDING)
+    assert close(runs[1](x), runs[0](x), 10 * ROUNDING)  # six steps
 
 
 def test_a_hyper_lstm_is_captured_in_a_cuda_graph():
