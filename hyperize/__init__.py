@@ -1,8 +1,10 @@
 """hyperize: turn a PyTorch model into a hypernetwork version of itself (arXiv 1609.09106)."""
 
 from hyperize.calls import cached
+from hyperize.conditions import condition
 from hyperize.config import (
     BudgetError,
+    ConditionError,
     ConfigError,
     FileError,
     HyperConfig,
@@ -18,6 +20,7 @@ from hyperize.fitting import FitReport, SiteFit, fit_, fit_plan
 from hyperize.folders import from_pretrained, load_timm, save_pretrained
 from hyperize.graph import as_graph
 from hyperize.layers import LayerSpec, register_layer
+from hyperize.networks import add_condition, at_condition
 from hyperize.onnx import OnnxReport, export_onnx
 from hyperize.plan import Plan
 from hyperize.reporting import Report, report
@@ -58,12 +61,16 @@ __all__ = [
     "HyperRNNCell",
     "param_groups",
     "generated_l2",
+    "condition",
+    "at_condition",
+    "add_condition",
     "cached",
     "quantized",
     "shard",
     "HyperizeError",
     "ConfigError",
     "BudgetError",
+    "ConditionError",
     "ModelError",
     "FileError",
     "WeightError",

@@ -68,7 +68,11 @@ class Layer(Protocol):
 
     def embedding(self, name: str) -> nn.Parameter: ...
 
+    def chosen(self, name: str) -> Tensor: ...
+
     def constants(self, name: str) -> Tensor: ...
+
+    def all_constants(self, name: str) -> Tensor: ...
 
     @property
     def may_multiply(self) -> bool: ...
@@ -176,8 +180,11 @@ class _Chunk:
         dtype = _autocast_dtype(z.device.type) if layer.lowered else None
         if dtype is not None and not own:
             return None  # somebody else gets the dtype of the dense parameter
-        grad = torch.is_grad_enabled()
-        mode = grad, torch.is_inference_mode_enabled(), dtype, z.requires_grad
+        grad, conditions = torch.is_grad_enabled(), layer.hypernet.conditions
+        if conditions is not None and conditions.now.each:
+            return None
+        key = None if conditions is None else conditions.key()
+        mode = grad, torch.is_inference_mode_enabled(), dtype, z.requires_grad, key
         made = self._made.get(mode)
         if made is None or not made.is_current(layer, name, z):
             members = [member for member in self.members if _alike(member, z)]
@@ -195,27 +202,25 @@ class _Made:
     def __init__(self, members: Sequence[_Member], dtype: torch.dtype | None) -> None:
         first = members[0][0]
         embeddings = [layer.embedding(name) for layer, name in members]
-        constants = [layer.constants(name) for layer, name in members]
+        tables = [layer.all_constants(name) for layer, name in members]
         self._own = {
             member: (z, version_of(z), c, version_of(c))
-            for member, z, c in zip(members, embeddings, constants, strict=True)
+            for member, z, c in zip(members, embeddings, tables, strict=True)
         }
         self._shared = [
             (owner, key, param, version_of(param)) for owner, key, param in first.hypernet.sources()
         ]
         weights = first.hypernet.together(
-            embeddings,
-            constants,
+            [layer.chosen(name) for layer, name in members],
+            [layer.constants(name) for layer, name in members],
             [layer.grids[name] for layer, name in members],
             dtype,
         )
         keys = list(members)
         if first.apart:
-            beside = [first._parameters[name] for name in first.beside]
-            self._shared += [
-                (first._parameters, name, param, version_of(param))
-                for name, param in zip(first.beside, beside, strict=True)
-            ]
+            own = [(name, first._parameters[name]) for name in first.beside]
+            self._shared += [(first._parameters, n, p, version_of(p)) for n, p in own]
+            beside = [getattr(first, name) for name in first.beside]
             trains = weights[0].requires_grad
             weights = [like_a_parameter(w, trains) for w in _in_one_buffer([*weights, *beside])]
             keys += [(first, name) for name in first.beside]
@@ -330,7 +335,7 @@ def _alike(member: _Member, z: Tensor) -> bool:
         other is not None
         and type(other) is type(z)
         and type(other).__name__ != "DTensor"
-        and other.shape == (layer.grids[name].tiles, z.shape[1])
+        and other.shape == (*z.shape[:-2], layer.grids[name].tiles, z.shape[-1])
         and other.device == z.device
         and other.dtype == z.dtype
         and other.requires_grad == z.requires_grad

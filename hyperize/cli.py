@@ -19,10 +19,12 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from hyperize.conditions import conditions_of
 from hyperize.config import FileError, HyperConfig, HyperizeError
 from hyperize.files import load, read_header, save, write_dense
 from hyperize.fitting import fit_
 from hyperize.folders import CARD, CONFIG, WEIGHTS, load_timm, save_pretrained
+from hyperize.networks import at_condition
 from hyperize.onnx import export_onnx
 from hyperize.reporting import WIDTH, Report, report
 from hyperize.rewrite import hyperize, to_dense
@@ -124,7 +126,7 @@ def _inputs(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         ("FILE", "file"),
     ):
         if (value := getattr(args, name, None)) is not None:
-            yield flag, value
+            yield from ((flag, one) for one in ([value] if isinstance(value, str) else value))
     values = list((getattr(args, "model_kwargs", None) or {}).values())
     for value in values:  # grows: `checkpoint_path` is text, `pretrained_cfg_overlay` has some
         if isinstance(value, dict):
@@ -186,7 +188,7 @@ def _info(args: argparse.Namespace) -> int:
         "versions": header["versions"],
         "timm": config and {name: config.get(name) for name in ("architecture", "model_args")},
         "rounded_from": rounded,
-        "bits": sorted({bits for bits, _ in header["bits"].values()}),
+        "bits": sorted({bits for bits, *_ in header["bits"].values()}),
     }
     if args.json:
         print(json.dumps(facts | {"report": figures.to_dict()}, indent=2))
@@ -205,13 +207,15 @@ def _info(args: argparse.Namespace) -> int:
 
 def _fit(args: argparse.Namespace) -> int:
     """A timm model's weights, to a file of hyperize.save."""
-    teacher = _teacher(args)
-    data = _images(args, teacher) if args.data_dir else None
+    teachers = [_teacher(args, file) for file in args.checkpoint or [None]]
+    data = _images(args, teachers[0]) if args.data_dir else None
+    if len(teachers) > 1 and args.conditions is None:
+        args.conditions = len(teachers)
     config = _config(args)
     if not (args.embeddings or args.tile or args.hidden_dim):
         config = config.replace(embeddings="channel")  # what fits trained weights best
-    hyper = hyperize(teacher, config)
-    fitted = fit_(hyper, teacher, data=data)
+    hyper = hyperize(teachers[0], config)
+    fitted = fit_(hyper, teachers if config.conditions else teachers[0], data=data)
     written = save(hyper, args.out, dtype=_dtype(args))
     if args.json:
         facts = {"file": args.out, "bytes": written.bytes} | fitted.to_dict()
@@ -221,18 +225,16 @@ def _fit(args: argparse.Namespace) -> int:
     return OK
 
 
-def _teacher(args: argparse.Namespace) -> nn.Module:
-    """The timm model of `args` with trained weights."""
-    if args.checkpoint is None:
+def _teacher(args: argparse.Namespace, checkpoint: str | None) -> nn.Module:
+    """The timm model of `args` with a checkpoint's weights, or those of timm."""
+    if checkpoint is None:
         return _timm_model(args, pretrained=True).eval()
     teacher = _timm_model(args)
     try:
-        state = timm.models.load_state_dict(args.checkpoint, weights_only=True)
+        state = timm.models.load_state_dict(checkpoint, weights_only=True)
         teacher.load_state_dict(state)
     except Exception as error:  # which the readers raise on a wrong file of any kind
-        raise FileError(
-            f"--checkpoint {args.checkpoint} does not fit {args.model}: {error}"
-        ) from error
+        raise FileError(f"--checkpoint {checkpoint} does not fit {args.model}: {error}") from error
     return teacher.eval()
 
 
@@ -298,8 +300,17 @@ def _loaded(args: argparse.Namespace) -> nn.Module:
     if not Path(args.checkpoint).is_file():
         raise FileError(f"--checkpoint {args.checkpoint} is not a file.")
     if args.model is None:
-        return load_timm(args.checkpoint)
-    return load(_timm_model(args).eval(), args.checkpoint)
+        hyper = load_timm(args.checkpoint)
+    else:
+        hyper = load(_timm_model(args).eval(), args.checkpoint)
+    if args.condition is not None:
+        return at_condition(hyper, args.condition)
+    if (found := conditions_of(hyper)) and found[0].networks:
+        raise FileError(
+            f"{args.checkpoint} holds {found[0].networks} networks; say which, by --condition and "
+            f"a number from 0 to {found[0].networks - 1}."
+        )
+    return hyper
 
 
 def _show(result: Report, args: argparse.Namespace) -> None:
@@ -481,6 +492,12 @@ def _parser() -> argparse.ArgumentParser:
         default=None,
         help="compute with the factors of weights where that is faster",
     )
+    group.add_argument(
+        "--conditions", type=int, metavar="K", help="networks of one architecture to generate"
+    )
+    group.add_argument(
+        "--private", nargs="+", metavar="GLOB", help="further layers of which each has its own"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="of the initial hypernetwork")
 
     output = argparse.ArgumentParser(add_help=False)
@@ -530,7 +547,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("model", help="timm model name, as resnet18.a1_in1k")
     command.add_argument(
-        "--checkpoint", metavar="F", help="its state dict; otherwise timm's pretrained weights"
+        "--checkpoint",
+        nargs="+",
+        metavar="F",
+        help="its state dict; otherwise timm's pretrained weights; of several one generator makes "
+        "all the networks",
     )
     command.add_argument("--out", required=True, metavar="F", help="file of hyperize.save to write")
     command.add_argument(
@@ -548,6 +569,9 @@ def _parser() -> argparse.ArgumentParser:
         "model", nargs="?", help="timm model name; default: the one that the file names"
     )
     hyper.add_argument("--checkpoint", required=True, metavar="F", help="file of hyperize.save")
+    hyper.add_argument(
+        "--condition", type=int, metavar="K", help="which of several networks in the file, from 0"
+    )
 
     command = add(
         "convert",

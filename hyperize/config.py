@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 __all__ = [
     "BudgetError",
+    "ConditionError",
     "ConfigError",
     "FileError",
     "HyperConfig",
@@ -43,6 +44,10 @@ class ModelError(HyperizeError, TypeError):
 
 class FileError(HyperizeError):
     """A file is not a readable hyperize checkpoint, or not one for the given model."""
+
+
+class ConditionError(HyperizeError):
+    """A model with conditions was called without one, or with one that it does not have."""
 
 
 class WeightError(HyperizeError):
@@ -86,6 +91,15 @@ class HyperConfig:
             mixes them; the first that matches decides, and "static" is the rest.
         lstm_options: Of the dynamic layers: `hyper_size`, `embedding_dim`, `layer_norm`,
             `recurrent_dropout`, as in `HyperLSTM`.
+        conditions: Number K of networks that one generator makes, each from embeddings of its own;
+            `hyperize.condition` says which one computes. Norms, and the biases of generated layers,
+            exist once for each network too. `compression` is then that of all K networks.
+        condition_dim: Length c of a vector that the embeddings are an affine function of, in the
+            place of a number. Nothing but generated weights depends on it.
+        share: Whether all networks start equal (with a vector, independent of it), or each with
+            embeddings drawn anew. In either case each has the dense model's statistics.
+        private: Globs over module paths of further layers whose parameters and buffers exist once
+            for each of the K networks, e.g. `"fc"`; they are not generated.
         recompute: Generate each weight again for the backward pass instead of keeping it from the
             forward pass, for the same gradients: less memory, more time. Afterwards it is the
             attribute `hypernet.recompute` of the model.
@@ -114,20 +128,41 @@ class HyperConfig:
     trunk_axis: Literal[0, 1] = 0
     lstm: str | tuple[tuple[str, str], ...] | Mapping[str, str] = "static"
     lstm_options: tuple[tuple[str, Any], ...] | Mapping[str, Any] = ()
+    conditions: int | None = None
+    condition_dim: int | None = None
+    share: bool = False
+    private: tuple[str, ...] = ()
     recompute: bool = False
     factorized: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("targets", "include", "exclude"):
+        for name in ("targets", "include", "exclude", "private"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
         object.__setattr__(self, "tile", _tile(self.tile))
         object.__setattr__(self, "lstm", _forms(self.lstm))
         object.__setattr__(self, "lstm_options", _options(self.lstm_options))
-        for name in ("max_params", "embedding_dim"):
+        for name in ("max_params", "embedding_dim", "conditions", "condition_dim"):
             value = getattr(self, name)
             if value is not None and not _positive(value):
                 raise ConfigError(f"{name} must be a positive integer or None, got {value!r}.")
+        if self.conditions and self.condition_dim:
+            raise ConfigError(
+                f"conditions={self.conditions} is for numbered networks, condition_dim="
+                f"{self.condition_dim} for one that depends on a vector; pass one of the two."
+            )
+        if self.private and not self.conditions:
+            raise ConfigError(
+                f"private={self.private!r} is for layers that exist once for each of several "
+                "networks; pass conditions=K, the number of networks, too."
+            )
+        if not isinstance(self.share, bool) or (
+            self.share and not (self.conditions or self.condition_dim)
+        ):
+            raise ConfigError(
+                "share says whether several networks start equal, True or False, together with "
+                f"conditions=K or condition_dim=c; got share={self.share!r}."
+            )
         hidden = self.hidden_dim
         if hidden is not None and not (_positive(hidden) or (hidden == 0 and hidden is not False)):
             raise ConfigError(
@@ -211,6 +246,16 @@ class HyperConfig:
             raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(known)}.")
         return replace(self, **overrides)
 
+    @property
+    def networks(self) -> int:
+        """Number of networks that the generator makes: K, or 1."""
+        return self.conditions or 1
+
+    @property
+    def rows(self) -> int:
+        """Sets of embeddings: one for each network, or 1 + c with a vector of c numbers."""
+        return self.networks if self.condition_dim is None else self.condition_dim + 1
+
     def tile_of(self, kernel: str) -> Tile | None:
         """The tile given for a kernel size as in "3x3", or None if there is none."""
         by_kernel = self.tiles_by_kernel
@@ -235,7 +280,7 @@ class HyperConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; the inverse of `from_dict`."""
         data = asdict(self)
-        for name in ("targets", "include", "exclude"):
+        for name in ("targets", "include", "exclude", "private"):
             data[name] = list(data[name])
         if by_kernel := self.tiles_by_kernel:
             data["tile"] = {kernel: list(pair) for kernel, pair in by_kernel.items()}

@@ -83,7 +83,7 @@ class Source:
         """Its embeddings, (tiles, Nz); `None` if the layer has become dense since."""
         if not isinstance(self.layer, Generated):
             return None
-        return self.layer.embedding(self.param).detach()
+        return self.layer.chosen(self.param).detach()
 
     @property
     def tiles(self) -> int:

@@ -23,12 +23,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hyperize.conditions import each_network
 from hyperize.config import ConfigError, FileError, ModelError
 from hyperize.layers import CONSTANTS, HYPERNET
-from hyperize.parts import find_groups, generated_layers
+from hyperize.networks import at_condition
+from hyperize.parts import find_groups, generated_layers, tables
 from hyperize.plan import Plan
 from hyperize.rewrite import apply_plans, to_dense
-from hyperize.rounding import decode, encode, is_matrix, pack, rows_of, unpack
+from hyperize.rounding import decode, encode, is_matrix, merged, pack, rows_of, unpack
 from hyperize.sites import structural_copy
 from hyperize.timm_models import describe
 from hyperize.writing import replacing
@@ -56,7 +58,8 @@ class FileReport:
         dtype: Of the stored parameters, if they were rounded for the file; "int8" or "int4" of
             files in bits.
         errors: Relative error that rounding causes, by the name of each generated weight and of
-            each parameter that is stored as it is: the norm of the difference over the weight's.
+            each parameter that is stored as it is: the norm of the difference over the weight's; of
+            several networks the largest.
         recorded: The architecture that the file names for `load_timm`, if it does.
         reason: Why it names none.
     """
@@ -158,29 +161,37 @@ def write(
     )
 
 
-def load(model: nn.Module, path: PathLike) -> nn.Module:
+def load(model: nn.Module, path: PathLike, *, condition: Any = None) -> nn.Module:
     """Reads a file that `save` wrote.
 
     Args:
         model: The dense architecture, as it was before `hyperize`; not changed. It may be on meta,
             then the result is on the CPU.
         path: The file.
+        condition: Of a file with several networks, the one to load, as `hyperize.at_condition`
+            takes it; None for all.
 
     Returns:
         A hyperized model with the file's tensors, in the dtypes that they had when saved.
 
     Raises:
+        ConditionError: The file's model has no such condition.
         FileError: The file is not one that `save` wrote, is damaged or of a newer version, or
             belongs to another architecture.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     header, state = read(path)
-    return assemble(model, header, state, path)
+    hyper = assemble(model, header, state, path)
+    return hyper if condition is None else at_condition(hyper, condition)
 
 
 def write_dense(
-    hyper: nn.Module, path: PathLike, *, dtype: torch.dtype | str | None = None
+    hyper: nn.Module,
+    path: PathLike,
+    *,
+    dtype: torch.dtype | str | None = None,
+    condition: Any = None,
 ) -> FileReport:
     """Writes the dense weights to a safetensors file: a state dict of the original model.
 
@@ -188,11 +199,12 @@ def write_dense(
         hyper: A hyperized model; not changed.
         path: The file, replaced as a whole.
         dtype: As in `save`, but for bits, which other libraries cannot read.
+        condition: As in `to_dense`.
 
     Raises:
         ModelError, ConfigError, FileError: As in `save`; or the model has dynamic layers.
     """
-    dense = to_dense(hyper)
+    dense = to_dense(hyper, condition=condition)
     state = _tensors(dense)
     stored, _ = _rounded(dense, state, dtype)
     target = Path(path)
@@ -361,7 +373,7 @@ def check_fit(
 
     try:
         hyper = apply_plans(structural_copy(model, hollow), header["plans"])
-        with torch.no_grad():
+        with torch.no_grad(), next(each_network(hyper)):
             for title, layer in generated_layers(hyper).items():
                 for name, grid in layer.grids.items():
                     if tuple(layer.generate(name).shape) != grid.shape:
@@ -447,6 +459,8 @@ def in_bits(
         ConfigError: A value is not finite, before or after rounding, or a name is taken.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    several = tables(model)
+    kept = model.state_dict(keep_vars=True)
     stored, values = dict(state), dict(state)
     dtypes: dict[str, str] = {}
     layout: dict[str, list[Any]] = {}
@@ -454,15 +468,19 @@ def in_bits(
         tensor = state[name]
         if not tensor.is_floating_point():
             continue
+        shape = tensor.shape
+        if id(kept[name]) in several:
+            tensor = merged(tensor)
         if is_matrix(tensor):
             if name + STEP in state:
                 raise ConfigError(f"{name + STEP} is a name that a file in bits needs; rename it.")
             numbers, step = encode(tensor, bits)
             stored[name] = numbers if bits == 8 else pack(numbers)
             stored[name + STEP] = step
-            layout[name] = [bits, list(tensor.shape)]
-            values[name] = decode(numbers, step, tensor.dtype)
-        elif tensor.dtype.itemsize > 2 and bool((half := tensor.half()).isfinite().all()):
+            full = [list(shape)] if shape != tensor.shape else []
+            layout[name] = [bits, list(tensor.shape), *full]
+            values[name] = decode(numbers, step, tensor.dtype).view(shape)
+        elif tensor.dtype.itemsize > 2 and bool((half := state[name].half()).isfinite().all()):
             stored[name], values[name] = half, half.to(tensor.dtype)
         if not bool(values[name].isfinite().all()):
             raise ConfigError(
@@ -480,7 +498,7 @@ def _from_bits(state: dict[str, Tensor], layout: Mapping[str, Any]) -> dict[str,
         ValueError: They are not what the header says.
     """
     state = dict(state)
-    for name, (bits, sizes) in layout.items():
+    for name, (bits, sizes, *full) in layout.items():
         shape = tuple(int(size) for size in sizes)
         stored, step = state[name], state.pop(name + STEP)
         count = torch.Size(shape).numel()
@@ -494,7 +512,8 @@ def _from_bits(state: dict[str, Tensor], layout: Mapping[str, Any]) -> dict[str,
             raise ValueError(f"{name + STEP} is {step.dtype}, or not finite")
         if tuple(step.shape) != (len(rows_of(numbers)),):
             raise ValueError(f"{name + STEP} does not have the rows of {name}")
-        state[name] = decode(numbers, step, torch.float32)
+        value = decode(numbers, step, torch.float32)
+        state[name] = value.view(tuple(map(int, *full))) if full else value
     return state
 
 
@@ -509,16 +528,21 @@ def _errors(
             return tensor
         return _like(tensor, stored[names[id(tensor)]].to(tensor))
 
-    errors, generators = {}, set()
-    layers = generated_layers(structural_copy(model, taken))
-    with torch.no_grad():
-        for path, layer in generated_layers(model).items():
-            for name in layer.generated:
-                title = f"{path}.{name}" if path else name
-                errors[title] = _error(layer.generate(name), layers[path].generate(name))
-                generators |= {title, title + CONSTANTS}
-            prefix = f"{path}.{HYPERNET}" if path else HYPERNET
-            generators |= {f"{prefix}.{name}" for name in layer.hypernet.state_dict()}
+    errors: dict[str, float] = {}
+    generators = set()
+    rounded = structural_copy(model, taken)
+    layers = generated_layers(rounded)
+    for one, other in zip(each_network(model), each_network(rounded), strict=True):
+        with torch.no_grad(), one, other:
+            for path, layer in generated_layers(model).items():
+                for name in layer.generated:
+                    title = f"{path}.{name}" if path else name
+                    error = _error(layer.generate(name), layers[path].generate(name))
+                    errors[title] = max(error, errors.get(title, 0.0))
+                    generators |= {title, title + CONSTANTS}
+    for path, layer in generated_layers(model).items():
+        prefix = f"{path}.{HYPERNET}" if path else HYPERNET
+        generators |= {f"{prefix}.{name}" for name in layer.hypernet.state_dict()}
     for name, tensor in state.items():
         changed = stored[name].dtype != tensor.dtype or not torch.equal(stored[name], tensor)
         if changed and name not in generators:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from hyperize.conditions import conditions_of, each_network
 from hyperize.config import BudgetError, ConfigError, HyperConfig, ModelError
 from hyperize.hypernet import HyperNet
 from hyperize.layers import CONSTANTS, Generated
 from hyperize.moments import Moments
-from hyperize.parts import Group, find_groups
+from hyperize.parts import Group, find_groups, generated_layers, private_layers
 from hyperize.plan import Plan
+from hyperize.private import Private
 from hyperize.rewrite import to_dense
 from hyperize.search import plan_sites, requested
 from hyperize.sites import Site, find_sites, structural_copy, wrapper_of
@@ -95,7 +97,7 @@ class FitReport:
 @torch.enable_grad()
 def fit_(
     hyper: nn.Module,
-    teacher: Teacher,
+    teacher: Teacher | Sequence[Teacher],
     *,
     data: Iterable[Batch] | None = None,
     weighting: Literal["relative", "absolute"] = "relative",
@@ -115,7 +117,8 @@ def fit_(
     Args:
         hyper: A hyperized model, not wrapped or sharded.
         teacher: A dense model of the architecture that was hyperized, or its state dict; not
-            changed.
+            changed. Of a model with `conditions=K` a list of K, one for each network; what is not
+            generated and each network has for itself is then copied from them.
         data: Batches of unlabelled inputs of the model, a few hundred samples in all. A batch is a
             tensor, or a sequence of which the first is used, so that a data loader serves. All are
             kept in memory. The teacher runs on them in evaluation mode.
@@ -143,23 +146,33 @@ def fit_(
         raise ModelError(f"{type(hyper).__name__} has no generated weights to fit.")
     if any(next(group.hypernet.parameters()).is_meta for group in groups):
         raise ModelError("the hyperized model is on meta, so there is nothing to fit; load it.")
-    state = _state(teacher)
-    weights = {planned.site.name: _target(planned.site, state) for planned in sites}
+    teachers = _teachers(groups, teacher)
+    states = [_state(one) for one in teachers]
+    weights = [{p.site.name: _target(p.site, state) for p in sites} for state in states]
+    own = [_own(hyper, state) for state in states]
     batches = [] if data is None else as_batches(data)
-    runs = _module(hyper, teacher) if batches else None
+    runs = [_module(hyper, one, k) for k, one in enumerate(teachers)] if batches else []
     # With closed solutions weights are fitted as they are first, then to outputs, one by one
     at_once = [p.site for g in groups if not g.hypernet.family.closed for p in g.plan.sites]
-    known = second_moments(runs, at_once, batches) if runs is not None and at_once else {}
+    known = [second_moments(run, at_once, batches) if at_once else {} for run in runs]
     problems, histories = [], []
     for group in groups:
         of = [planned.site for planned in group.plan.sites]
-        targets = _targets(group.plan, weights, known, next(group.hypernet.parameters()))
-        embeddings = [_embedding(group, site) for site in of]
+        like = next(group.hypernet.parameters())
+        targets, embeddings = [], []
+        for k, wanted in enumerate(weights):
+            moments = known[k] if known else {}
+            targets += _targets(group.plan, wanted, moments, like, len(weights), k)
+            embeddings += [_of_network(_embedding(group, site), group, k) for site in of]
         problem = Problem(group.hypernet, targets, embeddings, weighting)
         problem.start()
         history = problem.alternate(sweeps, tolerance)
-        if runs is not None and problem.family.closed:
-            passes = in_passes(runs, of, batches)
+        if runs and problem.family.closed:
+            passes = (
+                {_label(name, len(runs), k): m for name, m in found.items()}
+                for k, run in enumerate(runs)
+                for found in in_passes(run, of, batches)
+            )
             history = problem.fit_outputs(passes, sweeps, tolerance) or history
         problems.append(problem)
         histories.append(history)
@@ -169,10 +182,10 @@ def fit_(
         error=relative(*map(sum, zip(*(problem.squares() for problem in problems), strict=True))),
         history=tuple(combined(histories, [problem.whole for problem in problems])),
         seconds=time.perf_counter() - start,
-        notes=tuple(_notes(hyper, state, [name for name, _, o in errors if o is None], data)),
+        notes=tuple(_notes(hyper, states[0], [name for name, _, o in errors if o is None], data)),
     )
-    statistics = {} if runs is None else _statistics(hyper, problems, batches)
-    _write(problems, hyper)
+    statistics = _statistics(hyper, problems, own, batches) if runs else {}
+    _write(problems, own, hyper)
     with torch.no_grad():
         for name, buffer in hyper.named_buffers():
             if name in statistics:
@@ -284,16 +297,82 @@ def _missed(plan: Plan, state: Mapping[str, Tensor], by_name: Mapping[str, Momen
     return problem.objective()
 
 
+_Own = dict[tuple[str, str], Tensor]
+"""What a network has for itself and is not generated: by path and name of a table, its entry."""
+
+
 @torch.no_grad()
-def _write(problems: list[Problem], hyper: nn.Module) -> None:
+def _write(problems: list[Problem], own: list[_Own], hyper: nn.Module) -> None:
     """Copies the results into the model, or a copy of it."""
     for problem, group in zip(problems, find_groups(hyper), strict=True):
         problem.balance()
         group.hypernet.load_state_dict(problem.net.state_dict())
-        for at, planned in enumerate(group.plan.sites):
-            layer, name = group.layers[planned.site.path], planned.site.param
-            layer.embedding(name).copy_(problem.embedding(at))
-            layer.get_buffer(name + CONSTANTS).copy_(problem.constants[at])
+        numbered = ((k, planned.site) for k in range(len(own)) for planned in group.plan.sites)
+        for at, (k, site) in enumerate(numbered):
+            layer = group.layers[site.path]
+            _of_network(layer.embedding(site.param), group, k).copy_(problem.embedding(at))
+            constants = layer.all_constants(site.param)
+            _of_network(constants, group, k).copy_(problem.constants[at])
+    for k, tensors in enumerate(own):
+        for (path, name), tensor in tensors.items():
+            module = hyper.get_submodule(path)
+            table = (module._parameters | module._buffers)[name]
+            assert table is not None
+            table[k].copy_(tensor)
+
+
+def _teachers(groups: list[Group], given: Teacher | Sequence[Teacher]) -> list[Teacher]:
+    """One teacher for each network."""
+    networks = {group.plan.config.conditions for group in groups}
+    if any(group.plan.config.condition_dim for group in groups):
+        raise ModelError(
+            "the networks of this model are numbered by a vector, so that there are none to fit "
+            "to teachers; train it, or hyperize with conditions=K."
+        )
+    if len(networks) > 1:
+        raise ModelError(
+            "the parts of this model have different numbers of networks; fit them one by one."
+        )
+    (count,) = networks
+    teachers = list(given) if isinstance(given, Sequence) else [given]
+    if isinstance(given, Sequence) != (count is not None) or len(teachers) != (count or 1):
+        wanted = "one teacher" if count is None else f"a list of {count} teachers"
+        got = f"a list of {len(teachers)}" if isinstance(given, Sequence) else type(given).__name__
+        raise ModelError(f"this model is to be fitted to {wanted}; got {got}.")
+    return teachers
+
+
+def _own(hyper: nn.Module, state: Mapping[str, Tensor]) -> _Own:
+    """What a teacher has where each network has its own."""
+    tables = [
+        *((path, layer, layer.private) for path, layer in generated_layers(hyper).items()),
+        *((p, m, (*m._parameters, *m._buffers)) for p, m in private_layers(hyper).items()),
+    ]
+    found = {}
+    for path, module, names in tables:
+        for name in names:
+            table = (module._parameters | module._buffers).get(name)
+            if table is None or name in module._non_persistent_buffers_set:
+                continue
+            title = f"{path}.{name}" if path else name
+            tensor = state.get(title)
+            if not isinstance(tensor, Tensor) or tensor.shape != table.shape[1:]:
+                got = None if tensor is None else tuple(tensor.shape)
+                raise ModelError(
+                    f"each network has a {title} of the shape {tuple(table.shape[1:])}, a teacher "
+                    f"{got}; teachers must be of the architecture that was hyperized."
+                )
+            found[path, name] = tensor.detach()
+    return found
+
+
+def _of_network(table: Tensor, group: Group, k: int) -> Tensor:
+    """A network's part of embeddings or constants."""
+    return table[k] if group.plan.config.conditions else table
+
+
+def _label(name: str, networks: int, k: int) -> str:
+    return name if networks == 1 else f"{name} of network {k}"
 
 
 def _check_options(weighting: Any, sweeps: Any, tolerance: Any) -> None:
@@ -310,13 +389,22 @@ def _embedding(group: Group, site: Site) -> Tensor:
 
 
 def _targets(
-    plan: Plan, weights: Mapping[str, Tensor], moments: Mapping[str, Moments], like: Tensor
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Moments],
+    like: Tensor,
+    networks: int = 1,
+    k: int = 0,
 ) -> list[Target]:
-    """What a plan's generator is fitted to, on its device."""
+    """What a plan's generator is fitted to for one network, on its device."""
     return [
-        Target(name, planned.grid, weights[name].to(like.device), moments.get(name))
+        Target(
+            name=_label(planned.site.name, networks, k),
+            grid=planned.grid,
+            weight=weights[planned.site.name].to(like.device),
+            moments=moments.get(planned.site.name),
+        )
         for planned in plan.sites
-        for name in (planned.site.name,)
     ]
 
 
@@ -361,7 +449,7 @@ def _state(teacher: Teacher) -> Mapping[str, Tensor]:
     return teacher.state_dict()
 
 
-def _module(hyper: nn.Module, teacher: Teacher) -> nn.Module:
+def _module(hyper: nn.Module, teacher: Teacher, k: int = 0) -> nn.Module:
     """The teacher as a module to run, in evaluation mode; shares parameters with the one given."""
     if isinstance(teacher, nn.Module):
         try:  # running it may write into buffers
@@ -373,7 +461,7 @@ def _module(hyper: nn.Module, teacher: Teacher) -> nn.Module:
                 f"the teacher cannot be copied ({type(error).__name__}: {error}); pass its state "
                 "dict, or fit without data."
             ) from error
-    dense = to_dense(hyper)
+    dense = to_dense(hyper, condition=k if conditions_of(hyper) else None)
     try:
         dense.load_state_dict(teacher)
     except RuntimeError as error:
@@ -407,18 +495,27 @@ def _notes(
 
 
 def _statistics(
-    hyper: nn.Module, problems: list[Problem], batches: list[Tensor]
+    hyper: nn.Module, problems: list[Problem], own: list[_Own], batches: list[Tensor]
 ) -> dict[str, Tensor]:
     """The buffers of all batch norms for the fitted weights, of a copy of the model."""
     try:
         twin = copy.deepcopy(hyper)
-        _write(problems, twin)
-        with torch.random.fork_rng(devices=[]):  # dropout
-            update_bn(batches, twin)
+        _write(problems, own, twin)
+        norms = {path: m for path, m in twin.named_modules() if isinstance(m, _BatchNorm)}
+        found: dict[str, list[Tensor]] = {}
+        for k, block in enumerate(each_network(twin)):
+            with block, torch.random.fork_rng(devices=[]):  # dropout
+                update_bn(batches, twin)  # which forgets what it has found for other networks
+            for name, buffer in twin.named_buffers():
+                if (path := name.rpartition(".")[0]) in norms:
+                    private = isinstance(norms[path], Private)
+                    found.setdefault(name, []).append((buffer[k] if private else buffer).clone())
     except Exception as error:  # any model code can run here, and raise anything
         raise ModelError(
             "the statistics of the batch norms cannot be estimated from this data "
             f"({type(error).__name__}: {error}); pass larger batches."
         ) from error
-    norms = [path for path, m in twin.named_modules() if isinstance(m, _BatchNorm)]
-    return {n: b for n, b in twin.named_buffers() if n.rpartition(".")[0] in norms}
+    return {
+        name: torch.stack(rows) if isinstance(norms[name.rpartition(".")[0]], Private) else rows[-1]
+        for name, rows in found.items()
+    }

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from hyperize.config import ModelError
+from hyperize.conditions import conditions_of
+from hyperize.config import ConditionError, ModelError
 from hyperize.hypernet import HyperNet
 from hyperize.layers import CONSTANTS, HYPERNET, Generated
 from hyperize.parts import find_groups, generated_layers
@@ -33,8 +34,14 @@ def as_graph(hyper: nn.Module, *, hoist: bool = False) -> fx.GraphModule:
 
     Raises:
         ModelError: The model is not hyperized, or cannot be traced.
+        ConditionError: It has conditions.
     """
     find_groups(hyper)
+    if conditions_of(hyper):
+        raise ConditionError(
+            f"{type(hyper).__name__} has conditions, and a graph is of one network: "
+            "as_graph(at_condition(hyper, k))."
+        )
     root = structural_copy(hyper, lambda tensor: tensor)
     layers = generated_layers(root)
     tracer = SiteTracer(root, layers.values())

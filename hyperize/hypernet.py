@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperize.caching import like_a_parameter
+from hyperize.conditions import conditions_for
 from hyperize.factorized import expand
 from hyperize.families import Site
 from hyperize.plan import Plan
@@ -70,6 +71,7 @@ class HyperNet(nn.Module):
 
     Attributes:
         plan: The plan that it was made for.
+        conditions: Of all layers; None if there is one network.
         recompute: As `HyperConfig.recompute`; may be set.
         factorized: As `HyperConfig.factorized`; may be set.
     """
@@ -84,6 +86,7 @@ class HyperNet(nn.Module):
         self.plan = plan
         self.family = plan.family
         self.embedding_dim, self.fan_in = plan.embedding_dim, plan.fan_in
+        self.conditions = conditions_for(plan.config)
         self.recompute, self.factorized = plan.config.recompute, plan.config.factorized
         where = torch.get_default_device() if device is None else device
         for name, (n_in, n_out) in plan.shared.items():

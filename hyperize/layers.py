@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from hyperize.caching import Cache, find, pays
-from hyperize.config import ConfigError, ModelError, WeightError
+from hyperize.caching import Cache, find, like_a_parameter, pays
+from hyperize.conditions import samplewise
+from hyperize.config import ConditionError, ConfigError, ModelError, WeightError
 from hyperize.factorized import Factoring, multiply
 from hyperize.reading import guarded
 from hyperize.tiling import Grid
@@ -56,6 +57,8 @@ _LOWERED = {
     if hasattr(layer, method)
 } | {layer.forward for layer in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)}
 """Methods that hand the layer's weight to an operation which autocast computes in its dtype."""
+_WITH_SAMPLES = (nn.Linear, nn.modules.conv._ConvNd)
+"""Layers that can compute with a weight of its own for each sample."""
 _WITHOUT_RANDOMNESS = (nn.Linear, nn.modules.conv._ConvNd)
 """Layers of which nothing has to be restored to run them again."""
 
@@ -79,6 +82,8 @@ class Generated(nn.Module):
     """Names of the generated parameters."""
 
     hypernet: Any  # a HyperNet, whose module comes after this one
+    private: tuple[str, ...]
+    """Names of further parameters and buffers of which each of several networks has its own."""
     grids: dict[str, Grid]
     """How each generated parameter is cut into tiles."""
     sites: dict[str, Any]
@@ -120,6 +125,9 @@ class Generated(nn.Module):
         if not torch.compiler.is_compiling() and _is_distributed():
             self._check_engine()
         hypernet = self.hypernet
+        conditions = hypernet.conditions
+        if conditions is not None and conditions.now.each:
+            return self._forward_each(*args, **kwargs)
         if self.factoring and hypernet.factorized:
             x = next(iter((*args, *kwargs.values())), None)
             if isinstance(x, Tensor) and self.factoring.pays(self, x):
@@ -167,9 +175,29 @@ class Generated(nn.Module):
         finally:
             _running.layer, _running.input = outer
 
+    def _forward_each(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's work with weights of its own for each sample, along the inputs' first axis.
+
+        torch.vmap makes a grouped convolution of a convolution, and a batched product of a product.
+        """
+        if not isinstance(self, _WITH_SAMPLES) or kwargs or len(args) != 1:
+            raise ConditionError(
+                f"{self.dense_class.__name__} cannot compute with one condition for each sample; "
+                "call the model for the samples of one condition at a time."
+            )
+        (x,) = args
+        weights = {name: self.generate(name) for name in self.generated}
+        weights |= {name: getattr(self, name) for name in self.private}
+
+        def one(weights: dict[str, Tensor], x: Tensor) -> Tensor:
+            y: Tensor = self.dense_forward(weights, x[None])
+            return y[0]
+
+        return samplewise(one, weights, x)
+
     def _multiply(self, input: Tensor) -> Tensor:
         grid = self.grids["weight"]
-        factors = self.hypernet(self.embedding("weight"), self.constants("weight"), grid, True)
+        factors = self.hypernet(self.chosen("weight"), self.constants("weight"), grid, True)
         return multiply(self, input, factors, grid.axis)
 
     def generate(self, name: str) -> Tensor:
@@ -180,19 +208,47 @@ class Generated(nn.Module):
             made = find(self, name, own, _running.input if own else None)
             if made is not None and not self.hypernet._forward_hooks:
                 return made
-        site = self.embedding(name), self.constants(name), self.grids[name]
+        conditions = self.hypernet.conditions
+        if conditions is not None and conditions.now.each:
+            return self._generate_each(name)
+        site = self.chosen(name), self.constants(name), self.grids[name]
         # A weight that is there already is passed through for what looks on, as generated_l2 does
         weight: Tensor = self.hypernet(*site) if made is None else self.hypernet(*site, made=made)
         return weight
 
+    def _generate_each(self, name: str) -> Tensor:
+        """One generated parameter for each of N conditions, (N, *shape)."""
+        embeddings = self.chosen(name).unbind()
+        constants = self.constants(name)
+        of_each = (constants,) * len(embeddings) if constants.ndim == 1 else constants.unbind()
+        return torch.stack(self.hypernet(embeddings, of_each, (self.grids[name],) * len(of_each)))
+
+    def chosen(self, name: str) -> Tensor:
+        """The embeddings of one generated parameter that hold now, (tiles, Nz).
+
+        With one condition for each of N samples, (N, tiles, Nz).
+        """
+        conditions, embedding = self.hypernet.conditions, self.embedding(name)
+        if conditions is None:
+            return embedding
+        return like_a_parameter(conditions.select(embedding), embedding.requires_grad)
+
     def constants(self, name: str) -> Tensor:
-        """Scale and offset of one generated parameter, (2,)."""
+        """Scale and offset of one generated parameter that hold now, (2,).
+
+        With one condition for each of N samples, (N, 2) or, with vectors, (2,).
+        """
+        found = self.all_constants(name)
+        return found if found.ndim == 1 else self.hypernet.conditions.select(found)
+
+    def all_constants(self, name: str) -> Tensor:
+        """Scale and offset of one generated parameter, (2,), or (K, 2) of several networks."""
         found = self._buffers[name + CONSTANTS]
         assert found is not None
         return found
 
     def embedding(self, name: str) -> nn.Parameter:
-        """The embeddings of one generated parameter, (tiles, Nz)."""
+        """The embeddings of one parameter, (tiles, Nz), or (B, tiles, Nz) of all conditions."""
         # The replicas of nn.DataParallel have tensors as attributes, in the place of parameters
         found = self._parameters[name] if name in self._parameters else self.__dict__[name]
         assert found is not None
@@ -208,6 +264,7 @@ class Generated(nn.Module):
         """The dense class's forward with given weights; state that it sets on itself is dropped."""
         shell = object.__new__(self.dense_class)
         shell.__dict__.update(self.__dict__)
+        shell.__dict__.update({n: getattr(self, n) for n in self.private if n not in weights})
         shell.__dict__.update(weights)
         return shell.forward(*args, **kwargs)
 
@@ -253,7 +310,8 @@ class Generated(nn.Module):
         # Twins are made at run time, so pickle cannot find them by name: make them again instead.
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
-        return (_new_generated, (self.dense_class, self.generated), *reduced[2:])
+        names = self.dense_class, self.generated, self.private
+        return (_new_generated, names, *reduced[2:])
 
     def __prepare_scriptable__(self) -> nn.Module:
         raise ModelError(
@@ -433,7 +491,7 @@ class LayerSpec:
 
 
 _SPECS: dict[type[nn.Module], LayerSpec] = {}
-_TWINS: dict[tuple[type[nn.Module], tuple[str, ...]], type[Generated]] = {}
+_TWINS: dict[tuple[type[nn.Module], tuple[str, ...], tuple[str, ...]], type[Generated]] = {}
 
 
 def register_layer(spec: LayerSpec) -> LayerSpec:
@@ -488,18 +546,20 @@ def generate_params(
     sites: dict[str, Any],
     hypernet: nn.Module,
     factoring: Factoring | None,
+    private: tuple[str, ...] = (),
 ) -> None:
     """Turns `module` into its generated twin, in place.
 
     Args:
         module: A dense layer with a registered class.
         embeddings: The embedding that takes the place of each parameter, by parameter name.
-        constants: Scale and offset of each, (2,).
+        constants: Scale and offset of each, (2,), or (K, 2) of several networks.
         sites: The `PlannedSite` of each.
         hypernet: The shared generator.
         factoring: As `Generated.factoring`.
+        private: As `Generated.private`; the module has a table of each, (K, *).
     """
-    twin = generated_class(type(module), tuple(embeddings))
+    twin = generated_class(type(module), tuple(embeddings), private)
     module._parameters.update(embeddings)  # in their places
     for name, tensor in constants.items():
         module.register_buffer(name + CONSTANTS, tensor)
@@ -511,27 +571,32 @@ def generate_params(
     module._after_generating()
 
 
-def densify_params(module: Generated, weights: dict[str, nn.Parameter]) -> None:
+def densify_params(module: Generated, weights: dict[str, Tensor]) -> None:
     """Turns a generated twin back into its dense class, in place; mirrors `generate_params`.
 
     Args:
         module: A generated layer.
-        weights: The dense parameter that takes the place of each embedding, by parameter name.
+        weights: The dense parameter that takes the place of each embedding, by parameter name, and
+            the tensor in the place of each table.
     """
     restore = module._after_densifying  # bound now: the dense class has no such method
-    module._parameters.update(weights)
     del module._modules[HYPERNET]
-    for name in weights:
+    for name in module.generated:
         del module._buffers[name + CONSTANTS]
+    for name, tensor in weights.items():
+        kept: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
+        kept[name] = tensor
     for name in ("grids", "sites", "factoring"):
         del module.__dict__[name]
     module.__class__ = module.dense_class  # type: ignore[assignment]
     restore()
 
 
-def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Generated]:
-    """The generated twin of a dense class; one per class and set of parameter names."""
-    if twin := _TWINS.get((dense, names)):
+def generated_class(
+    dense: type[nn.Module], names: tuple[str, ...], private: tuple[str, ...] = ()
+) -> type[Generated]:
+    """The generated twin of a dense class; one per class and sets of parameter names."""
+    if twin := _TWINS.get((dense, names, private)):
         return twin
     spec = spec_of(dense)
     if spec is None:
@@ -541,9 +606,11 @@ def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Gene
         )
     members: dict[str, Any] = {name: _generated_property(name) for name in names}
     members |= {name + EMBEDDING: _embedding_property(name) for name in names}
+    members |= {name: _private_property(name) for name in private}
     members |= {
         "dense_class": dense,
         "generated": names,
+        "private": private,
         "lowered": dense.forward in _LOWERED
         and getattr(dense, "_conv_forward", nn.Conv2d._conv_forward) in _LOWERED,
         "__doc__": f"{dense.__name__} with generated {', '.join(names)}.",
@@ -553,13 +620,15 @@ def generated_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Gene
     }
     # setdefault: threads that make the same twin at once all get the first
     return _TWINS.setdefault(
-        (dense, names), type(f"Generated{dense.__name__}", (spec.mixin, dense), members)
+        (dense, names, private), type(f"Generated{dense.__name__}", (spec.mixin, dense), members)
     )
 
 
-def _new_generated(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+def _new_generated(
+    dense: type[nn.Module], names: tuple[str, ...], private: tuple[str, ...] = ()
+) -> nn.Module:
     """An empty generated layer, for pickle and deepcopy to fill."""
-    twin = generated_class(dense, names)
+    twin = generated_class(dense, names, private)
     layer: nn.Module = twin.__new__(twin)
     return layer
 
@@ -586,6 +655,16 @@ def _generated_property(name: str) -> property:
         raise _assignment_error(name)
 
     return property(read, assign, doc=f"`{name}`, generated from `{name}{EMBEDDING}`.")
+
+
+def _private_property(name: str) -> property:
+    def read(self: Generated) -> Tensor:
+        table = self._parameters[name] if name in self._parameters else self._buffers[name]
+        assert table is not None
+        chosen: Tensor = self.hypernet.conditions.select(table)
+        return chosen
+
+    return property(read, doc=f"The `{name}` of the network that the condition names.")
 
 
 def _embedding_property(name: str) -> property:

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.overrides import TorchFunctionMode
 
-from hyperize.config import ConfigError, FileError, ModelError
+from hyperize.conditions import conditions_of
+from hyperize.config import ConditionError, ConfigError, FileError, ModelError
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell
+from hyperize.networks import at_condition
 from hyperize.parts import find_groups
 from hyperize.rewrite import to_dense
 from hyperize.writing import replacing
@@ -61,6 +63,7 @@ def export_onnx(
     example_inputs: Tensor | Sequence[Tensor],
     *,
     dense: bool = True,
+    condition: Any = None,
     dynamic: Sequence[Mapping[int, str]] | None = None,
     tolerance: float = 1e-5,
     opset: int = 18,
@@ -82,6 +85,7 @@ def export_onnx(
         dense: Export what `to_dense` makes, which has nothing of hyperize in it. Otherwise the file
             holds the generator and the embeddings, is smaller by the compression, and computes the
             weights; onnxruntime does so once, when it loads the file.
+        condition: Of a model with conditions, which network, as `hyperize.at_condition` takes it.
         dynamic: A mapping from axes to names for each input, as `[{0: "batch"}]` for images or
             `[{0: "time", 1: "batch"}]` for sequences; axes of the same name have the same size.
             All other axes have the sizes of `example_inputs`, by default all.
@@ -95,6 +99,7 @@ def export_onnx(
         ModelError: The model is not hyperized, is on meta or wrapped; cannot run on the inputs; has
             dynamic layers, or parts that ONNX lacks or that need the given sizes; has 2 GiB of
             parameters or more, which one file cannot hold; or the outputs do not agree.
+        ConditionError: It has conditions, and none or another one is given.
         ConfigError: `example_inputs`, `dynamic`, `tolerance` or `opset` is not as described.
         FileError: The file cannot be written.
         ImportError: onnx, onnxscript or onnxruntime is missing.
@@ -109,6 +114,12 @@ def export_onnx(
     target = Path(path)
     if not target.parent.is_dir():
         raise FileError(f"{target} cannot be written: {target.parent} is not a folder.")
+    if condition is not None:
+        hyper = at_condition(hyper, condition)
+    elif isinstance(hyper, nn.Module) and conditions_of(hyper):
+        raise ConditionError(
+            "the model has conditions, and a file is of one network; pass condition=k."
+        )
     model = _exportable(hyper, dense)
     names = list(dict.fromkeys(name for mapping in axes for name in mapping.values()))
     trials = [inputs, *(_grown(inputs, axes, {name}) for name in names)]

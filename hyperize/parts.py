@@ -17,6 +17,7 @@ from hyperize.dynamic import HyperLSTM, HyperRNN
 from hyperize.hypernet import HyperNet
 from hyperize.layers import HYPERNET, Generated
 from hyperize.plan import Plan, PlannedSite
+from hyperize.private import Private
 from hyperize.sites import Skip, wrapper_of
 
 __all__: list[str] = []
@@ -43,6 +44,23 @@ class Group:
 def generated_layers(module: nn.Module) -> dict[str, Generated]:
     """The generated layers of a module by path."""
     return {path: m for path, m in module.named_modules() if isinstance(m, Generated)}
+
+
+def private_layers(module: nn.Module) -> dict[str, Private]:
+    """The layers of a module that exist once for each of several networks, by path."""
+    return {path: m for path, m in module.named_modules() if isinstance(m, Private)}
+
+
+def tables(module: nn.Module) -> set[int]:
+    """The ids of parameters that hold one entry for each of several conditions."""
+    found: set[int] = set()
+    for part in module.modules():
+        if isinstance(part, Private):
+            found.update(map(id, part.parameters(recurse=False)))
+        elif isinstance(part, Generated) and part.hypernet.conditions is not None:
+            names = (*part.generated, *part.private)
+            found.update(id(part._parameters[name]) for name in names if name in part._parameters)
+    return found
 
 
 def find_groups(hyper: nn.Module) -> list[Group]:

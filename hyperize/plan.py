@@ -15,7 +15,7 @@ from typing import Any
 
 from hyperize.config import ConfigError, HyperConfig, Tile
 from hyperize.families import FAMILIES, Family
-from hyperize.sites import DynamicSite, Site, Skip, Untargeted
+from hyperize.sites import DynamicSite, PrivateSite, Site, Skip, Untargeted
 from hyperize.tiling import Grid, Head
 
 __all__ = ["Plan"]
@@ -34,7 +34,8 @@ class PlannedSite:
     Attributes:
         site: What is generated.
         grid: How it is tiled.
-        hyper_params: Parameters of its embeddings, `grid.tiles` times the embedding dimension.
+        hyper_params: Parameters of its embeddings, `grid.tiles` times the embedding dimension, in
+            each of `HyperConfig.rows` sets.
     """
 
     site: Site
@@ -60,6 +61,7 @@ class Plan:
         hidden_dim: d; 0 for no hidden layer and no trunk.
         total_params: Parameters of the whole dense model.
         total_bytes: Bytes of its parameters and buffers.
+        private: With several networks, layers that have parameters and buffers for each.
         model: Name of the model's class.
         root: Path of the module that was hyperized, where it is a part of the model.
         notes: Remarks for the user, e.g. a default request that explicit sizes do not meet.
@@ -78,6 +80,7 @@ class Plan:
     hidden_dim: int
     total_params: int
     total_bytes: int
+    private: tuple[PrivateSite, ...] = ()
     model: str = ""
     root: str = ""
     notes: tuple[str, ...] = ()
@@ -126,14 +129,37 @@ class Plan:
         return self.hypernet_params + self.embedding_params + dynamic
 
     @property
+    def networks(self) -> int:
+        """Number of networks that the generator makes."""
+        return self.config.networks
+
+    @property
     def compression(self) -> float:
-        """`dense_params / hyper_params`."""
-        return self.dense_params / self.hyper_params
+        """`dense_params / hyper_params`, with the former of all networks."""
+        return self.networks * self.dense_params / self.hyper_params
+
+    @property
+    def private_params(self) -> int:
+        """Parameters, not generated, that each of several networks has for itself."""
+        return sum(site.params for site in self.private)
+
+    @property
+    def further_params(self) -> int:
+        """Parameters that one more network adds."""
+        return self.embedding_params // self.networks + self.private_params
+
+    @property
+    def break_even(self) -> int:
+        """The number of networks from which on they are smaller together than as dense ones."""
+        shared = self.total_hyper_params - self.networks * self.further_params
+        saved = self.total_params - self.further_params
+        return shared // saved + 1 if saved > 0 else 0
 
     @property
     def total_hyper_params(self) -> int:
         """Parameters of the whole model after the rewrite."""
-        return self.total_params - self.dense_params + self.hyper_params
+        copies = (self.networks - 1) * self.private_params
+        return self.total_params - self.dense_params + copies + self.hyper_params
 
     @property
     def tile(self) -> dict[str, Tile]:
@@ -194,6 +220,9 @@ class Plan:
                     "dynamic": tuple(DynamicSite(**_tuples(site)) for site in data["dynamic"]),
                     "skips": tuple(Skip(**skip) for skip in data["skips"]),
                     "untargeted": tuple(Untargeted(**kind) for kind in data["untargeted"]),
+                    "private": tuple(
+                        PrivateSite(**_tuples(site)) for site in data.get("private", ())
+                    ),
                     "heads": tuple(heads.values()),
                     "notes": tuple(data["notes"]),
                 }
@@ -207,11 +236,12 @@ class Plan:
         """A site with its place among this plan's heads, by kernel size."""
         head = heads[site.kernel]
         grid = self.family.grid(site.shape, self.lead, head, self.config.trunk_axis)
-        return PlannedSite(site, grid, grid.tiles * self.embedding_dim)
+        return PlannedSite(site, grid, self.config.rows * grid.tiles * self.embedding_dim)
 
     def __str__(self) -> str:
         kernels = Counter(planned.grid.kernel for planned in self.sites)
         nz, d = self.embedding_dim, self.fan_in
+        sets = f"{self.config.rows} x " if self.config.rows > 1 else ""
         lines = [f"{len(self.sites)} weights in {self.tiles:,} tiles, {self.order}"]
         generator = [
             *(
@@ -224,10 +254,17 @@ class Plan:
                 f"{kernels[h.kernel]} weights"
                 for h in self.heads
             ),
-            f"{self.config.embeddings:<8}{self.tiles:,} embeddings of {nz}   "
+            f"{self.config.embeddings:<8}{sets}{self.tiles:,} embeddings of {nz}   "
             f"{self.embedding_params:,} parameters",
         ]
         lines += generator if self.sites else []
+        if self.config.conditions:
+            lines.append(
+                f"further {self.further_params:,} parameters for one more network, "
+                f"{self.private_params:,} of them not generated; {self.networks} dense networks "
+                f"have {self.networks * self.total_params:,}, and {self.break_even} or more are "
+                "smaller so"
+            )
         if self.config.factorized and self.sites:
             macs = {p.site: n for p in self.sites if (n := self.factorized_macs(p)) is not None}
             weights = sum(site.dense_params for site in macs)
@@ -241,8 +278,9 @@ class Plan:
             for site in self.dynamic
         ]
         lines += [
-            f"total   {self.dense_params:,} -> {self.hyper_params:,}, "
-            f"compression {self.compression:.2f}; whole model {self.total_params:,} -> "
+            f"total   {self.networks * self.dense_params:,} -> {self.hyper_params:,}, "
+            f"compression {self.compression:.2f}; whole model "
+            f"{self.networks * self.total_params:,} -> "
             f"{self.total_hyper_params:,}",
         ]
         reasons: Counter[str] = Counter()

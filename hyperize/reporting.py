@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
+from hyperize.conditions import each_network
 from hyperize.drawing import Bar, Source, bar_chart
 from hyperize.dynamic import HyperLSTM, HyperRNN
 from hyperize.page import page
-from hyperize.parts import Group, find_groups
+from hyperize.parts import Group, find_groups, generated_layers, private_layers
 from hyperize.plan import Plan, PlannedSite
 from hyperize.sites import DynamicSite, Skip, Untargeted, tensor_bytes
 from hyperize.writing import replacing
@@ -43,7 +45,7 @@ class SiteRow:
         param: Name of the parameter; empty for a dynamic layer, of which all are counted.
         kind: Kind of layer; "lstm, dynamic" or "rnn, dynamic" for those.
         shape: Shape of the weight; empty for a dynamic layer.
-        dense_params: Number of weights.
+        dense_params: Number of weights; of several networks, of all.
         hyper_params: Parameters of its embeddings; the hypernetwork is shared and not in here.
     """
 
@@ -69,7 +71,8 @@ class Report:
         skipped: Targets that stay dense, with reasons.
         untargeted: Layers of known kinds that are not among the targets.
         hypernet_params: Parameters of the shared hypernetwork.
-        total_dense_params: Parameters of the whole dense model.
+        total_dense_params: Parameters of the whole dense model; of all dense models, where there
+            are several networks.
         dense_bytes: Bytes of its parameters and buffers, as in an uncompressed file.
         hyper_bytes: The same of the hyperized model.
         generator_macs: Multiply-adds of generating weights, each once, as each forward pass does.
@@ -79,6 +82,10 @@ class Report:
             themselves would take `factorized_params`.
         order: How the sites were found.
         notes: Remarks.
+        networks: Number of networks that the generator makes.
+        further_params: Parameters that one more network would add.
+        break_even: The number of networks from which on they are smaller than dense ones.
+        shared_params: Parameters that are not generated, and are one for all networks.
         sources: The generated layers, of which `to_html` draws pictures.
     """
 
@@ -95,6 +102,10 @@ class Report:
     factorized_macs: int
     order: str
     notes: tuple[str, ...]
+    networks: int = 1
+    further_params: int = 0
+    break_even: int = 0
+    shared_params: int = 0
     sources: tuple[Source, ...] = field(default=(), compare=False, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,7 +129,8 @@ class Report:
     @property
     def total_hyper_params(self) -> int:
         """Parameters of the whole hyperized model."""
-        return self.total_dense_params - self.dense_params + self.hyper_params
+        others = self.total_dense_params - self.dense_params  # of all networks
+        return others - (self.networks - 1) * self.shared_params + self.hyper_params
 
     @property
     def total_compression(self) -> float:
@@ -174,7 +186,15 @@ class Report:
         Raises:
             FileError: It cannot be written.
         """
-        text = page(
+        with ExitStack() as blocks:  # pictures are of the first network
+            for layer in {source.layer.hypernet: source.layer for source in self.sources}.values():
+                blocks.enter_context(next(each_network(layer)))
+            text = self._page()
+        with replacing(Path(path)) as part:
+            part.write_text(text, encoding="utf-8")
+
+    def _page(self) -> str:
+        return page(
             title=self.model,
             totals=self._figures(),
             bars=self._bars(),
@@ -183,8 +203,6 @@ class Report:
             skipped=self.skipped,
             sources=self.sources,
         )
-        with replacing(Path(path)) as part:
-            part.write_text(text, encoding="utf-8")
 
     def plot(self) -> Figure:
         """Bars of the totals and of each weight, before and after, as a matplotlib figure.
@@ -264,6 +282,11 @@ class Report:
             f"rewritten: {len(self.sites)}, {self.order}",
             f"generator: {self.generator_macs:,} multiply-adds per forward pass",
         ]
+        if self.networks > 1:
+            remarks.append(
+                f"networks: {self.networks}; one more adds {self.further_params:,} parameters, and "
+                f"from {self.break_even} on they are smaller together than dense ones"
+            )
         if self.factorized_params:
             remarks.append(
                 f"factorized: {self.factorized_params:,} weights are not generated; their layers "
@@ -304,29 +327,35 @@ def report(hyper_or_plan: nn.Module | Plan) -> Report:
 def _of_plan(plan: Plan) -> Report:
     itemsizes = [planned.site.itemsize for planned in plan.sites]
     # The hypernetwork has the widest of the sites' dtypes, and two constants per site.
-    shared = (plan.hypernet_params + 2 * len(plan.sites)) * max(itemsizes, default=0)
+    constants = 2 * len(plan.sites) * plan.networks
+    shared = (plan.hypernet_params + constants) * max(itemsizes, default=0)
     change = sum(
         (planned.hyper_params - planned.site.dense_params) * size
         for planned, size in zip(plan.sites, itemsizes, strict=True)
     ) + sum(site.growth * site.itemsize for site in plan.dynamic)
+    change += (plan.networks - 1) * sum(site.bytes for site in plan.private)
     dynamic = (_dynamic_row(site, site.hyper_params) for site in plan.dynamic)
     generator_macs, factorized_params, factorized_macs = _multiply_adds(
         plan, plan.sites, plan.config.factorized
     )
     return Report(
         model=plan.model,
-        sites=(*(_row(planned, planned.hyper_params) for planned in plan.sites), *dynamic),
+        sites=(*(_row(p, p.hyper_params, plan.networks) for p in plan.sites), *dynamic),
         skipped=plan.skips,
         untargeted=plan.untargeted,
         hypernet_params=plan.hypernet_params,
-        total_dense_params=plan.total_params,
-        dense_bytes=plan.total_bytes,
+        total_dense_params=plan.networks * plan.total_params,
+        dense_bytes=plan.networks * plan.total_bytes,
         hyper_bytes=plan.total_bytes + change + shared,
         generator_macs=generator_macs,
         factorized_params=factorized_params,
         factorized_macs=factorized_macs,
         order=plan.order,
         notes=plan.notes,
+        networks=plan.networks,
+        further_params=plan.further_params,
+        break_even=plan.break_even,
+        shared_params=plan.total_params - plan.dense_params - plan.private_params,
     )
 
 
@@ -343,10 +372,11 @@ def _of_model(model: nn.Module, groups: list[Group]) -> Report:
             site = planned.site
             layer = layers[site.path]
             embedding = layer.embedding(site.param)
-            rows.append(_row(planned, embedding.numel()))
+            rows.append(_row(planned, embedding.numel(), plan.networks))
             sources.append(Source(site.name, layer, site.param, site.shape))
             saved += (site.dense_params - embedding.numel()) * embedding.element_size()
-            shared_bytes += 2 * next(hypernet.parameters()).element_size()  # scale and offset
+            constants = layer.all_constants(site.param)  # scales and offsets
+            shared_bytes += constants.numel() * next(hypernet.parameters()).element_size()
         for dynamic in plan.dynamic:
             module = modules.get(dynamic.path)
             if not isinstance(module, (HyperLSTM, HyperRNN)):
@@ -364,22 +394,42 @@ def _of_model(model: nn.Module, groups: list[Group]) -> Report:
     others = sum(p.numel() for p in model.parameters()) - hyper_params
     hyper_bytes = tensor_bytes(model)
     plans = [group.plan for group in groups]
+    networks = max(plan.networks for plan in plans)
+    private = [t for t in _private_tensors(model) if networks > 1]
+    alone = sum(p.numel() for p in private if isinstance(p, nn.Parameter)) // networks
+    others -= (networks - 1) * alone  # of one network
+    repeated = sum(t.numel() * t.element_size() for t in private) // networks
+    dense_bytes = hyper_bytes + saved - shared_bytes - (networks - 1) * repeated
+    of_sites = sum(row.dense_params for row in rows)
     return Report(
         model=plans[0].model if plans[0].root == "" and plans[0].model else type(model).__name__,
         sites=tuple(rows),
         skipped=(*_skipped(groups), *replaced),
         untargeted=_untargeted(plans),
         hypernet_params=hypernet_params,
-        total_dense_params=others + sum(row.dense_params for row in rows),
-        dense_bytes=hyper_bytes + saved - shared_bytes,
+        total_dense_params=networks * others + of_sites,
+        dense_bytes=networks * dense_bytes,
         hyper_bytes=hyper_bytes,
         generator_macs=macs[0],
         factorized_params=macs[1],
         factorized_macs=macs[2],
         order="; ".join(dict.fromkeys(plan.order for plan in plans)),
         notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
+        networks=networks,
+        further_params=sum(plan.further_params for plan in plans),
+        break_even=max(plan.break_even for plan in plans),
+        shared_params=others - alone,
         sources=tuple(sources),
     )
+
+
+def _private_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Tables of what is not generated and each network has for itself."""
+    for layer in generated_layers(model).values():
+        own = layer._parameters | layer._buffers
+        yield from (table for n in layer.private if (table := own[n]) is not None)
+    for module in private_layers(model).values():
+        yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
 
 
 def _skipped(groups: list[Group]) -> Iterator[Skip]:
@@ -421,13 +471,13 @@ def _dynamic_row(site: DynamicSite, hyper_params: int) -> SiteRow:
     return SiteRow(site.path, "", f"{site.kind}, dynamic", (), site.dense_params, hyper_params)
 
 
-def _row(planned: PlannedSite, hyper_params: int) -> SiteRow:
+def _row(planned: PlannedSite, hyper_params: int, networks: int) -> SiteRow:
     site = planned.site
     return SiteRow(
         path=site.path,
         param=site.param,
         kind=site.kind,
         shape=site.shape,
-        dense_params=site.dense_params,
+        dense_params=networks * site.dense_params,
         hyper_params=hyper_params,
     )

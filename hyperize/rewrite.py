@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hyperize.calls import as_in_a_call, install, uninstall
+from hyperize.conditions import conditions_of, held
 from hyperize.config import ConfigError, HyperConfig, ModelError
 from hyperize.dynamic import HyperLSTM, HyperRNN, dynamic_twin
 from hyperize.factorized import Factoring
@@ -26,8 +27,9 @@ from hyperize.layers import (
     generate_params,
     generated_class,
 )
-from hyperize.parts import dynamic_layers, find_groups, generated_layers
+from hyperize.parts import dynamic_layers, find_groups, generated_layers, private_layers
 from hyperize.plan import Plan
+from hyperize.private import Private, make_dense, make_private, repeat
 from hyperize.search import make_plan
 from hyperize.sites import (
     check_patterns,
@@ -98,6 +100,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     root = _check_root(model, plan)
     twins = _dynamic_twins(model, plan, inplace)
     weights = parameters_of(model, [planned.site for planned in plan.sites])
+    _check_private(model, plan)
     for path, sites in _by_layer(plan).items():
         generated_class(type(model.get_submodule(path)), tuple(sites))  # may not be registered
     dtype, device = _widest(weights or list(twins[0].parameters()))
@@ -105,8 +108,10 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     with torch.no_grad():
         embeddings, constants = _initialise(hypernet, weights, _generator(plan.config.seed))
     if not inplace:
-        model = _copy(model, shared=weights)
+        model = copied(model, shared=weights)
+    private = {site.path: site.names for site in plan.private if site.generated}
     for path, sites in _by_layer(plan).items():
+        repeat(model.get_submodule(path), private.get(path, ()), plan.networks)
         generate_params(
             model.get_submodule(path),
             {param: embeddings[at] for param, at in sites.items()},
@@ -114,7 +119,11 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
             {param: plan.sites[at] for param, at in sites.items()},
             hypernet,
             _factoring(model.get_submodule(path), plan, sites.values()),
+            private.get(path, ()),
         )
+    for own in plan.private:
+        if not own.generated and hypernet.conditions:
+            make_private(model.get_submodule(own.path), own.names, hypernet.conditions)
     for site, twin in zip(plan.dynamic, twins, strict=True):
         twin.train(model.get_submodule(site.path).training)
         if site.path == "":
@@ -144,6 +153,7 @@ def to_dense(
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
+    condition: Any = None,
     inplace: bool = False,
 ) -> nn.Module:
     """The dense model with the weights that the hypernetwork generates now.
@@ -157,6 +167,8 @@ def to_dense(
             FSDP or torch.compile.
         include: Globs over module paths, as `HyperConfig.include`; only matching layers change.
         exclude: Globs over module paths; matching layers stay generated. Wins over `include`.
+        condition: Of a model with conditions, which network: as `hyperize.condition` takes it. None
+            is the one that such a block around the call names. All layers become dense.
         inplace: Convert `hyper` itself, instead of a copy that shares nothing with it.
 
     Returns:
@@ -167,6 +179,7 @@ def to_dense(
         ModelError: The model is not hyperized, is wrapped or sharded, cannot be copied, or has
             dynamic layers among those to convert.
         ConfigError: A pattern is not a string, or matches no layer.
+        ConditionError: The model has conditions and none is given, or none of them.
     """
     groups = find_groups(hyper)
     chosen = HyperConfig(include=include, exclude=exclude)  # type: ignore[arg-type]
@@ -186,9 +199,15 @@ def to_dense(
             "depend on the input, so it has no dense equivalent. Save and run the hyperized model "
             'as it is, hyperize with lstm="static", or leave it out with exclude=(...).'
         )
-    weights = _dense_weights(hyper, selected)
+    if len(selected) < len(targets) and conditions_of(hyper):
+        raise ConfigError(
+            "include and exclude leave some layers generated, which have conditions, beside dense "
+            "ones of one condition; make all layers dense."
+        )
+    with held(hyper, condition):
+        weights = _dense_weights(hyper, selected)
     if not inplace:
-        hyper = _copy(hyper)
+        hyper = copied(hyper)
     _densify(hyper, weights)
     whole = {vars(module).get(HYPERNET) for module in hyper.modules()}
     for group in find_groups(hyper) if len(selected) < len(targets) else ():
@@ -199,46 +218,71 @@ def to_dense(
     return hyper
 
 
-def dense_state_dict(hyper: nn.Module) -> dict[str, Tensor]:
+def dense_state_dict(hyper: nn.Module, *, condition: Any = None) -> dict[str, Tensor]:
     """The state dict of the dense model: the original's keys, order and dtypes.
 
     Args:
         hyper: As in `to_dense`; not changed. Tensors other than the generated ones are shared with
             it, as in any state dict.
+        condition: As in `to_dense`.
 
     Raises:
         ModelError: As in `to_dense`.
+        ConditionError: As in `to_dense`.
     """
     groups = find_groups(hyper)
     if next(dynamic_layers(hyper, groups), None) is not None:
         to_dense(hyper)  # which says why it cannot be
-    weights = _dense_weights(hyper, [path for group in groups for path in group.layers])
+    with held(hyper, condition):
+        weights = _dense_weights(hyper, [path for group in groups for path in group.layers])
     twin = structural_copy(hyper, lambda tensor: tensor)
     _densify(twin, weights)
     return twin.state_dict()
 
 
-_Weights = dict[str, dict[str, nn.Parameter]]
-"""By the layer's path and the parameter's name."""
+_Weights = dict[str, dict[str, Tensor]]
+"""By the layer's path and the name of the parameter or buffer."""
 
 
 def _dense_weights(hyper: nn.Module, selected: Iterable[str]) -> _Weights:
     """The weights of some generated layers as parameters; nothing is changed."""
     layers = {path: cast(Generated, hyper.get_submodule(path)) for path in selected}
     shapes: dict[Any, Tensor] = {}
+    weights: _Weights = {}
     with torch.no_grad(), as_in_a_call(hyper):
-        return {
-            path: {name: _dense_parameter(layer, name, shapes) for name in layer.generated}
-            for path, layer in layers.items()
-        }
+        for path, layer in layers.items():
+            made = {name: _dense_parameter(layer, name, shapes) for name in layer.generated}
+            weights[path] = made | {name: _alone(layer, name) for name in layer.private}
+        for path, private in private_layers(hyper).items():
+            names = (*private._parameters, *private._buffers)
+            weights[path] = {n: _alone(private, n) for n in names if _held(private, n) is not None}
+    return weights
+
+
+def _held(module: nn.Module, name: str) -> Tensor | None:
+    return (module._parameters | module._buffers).get(name)
+
+
+def _alone(module: Generated | Private, name: str) -> Tensor:
+    """A parameter or buffer of the network that is meant, of a layer with tables."""
+    table = _held(module, name)
+    assert table is not None
+    conditions = module.conditions if isinstance(module, Private) else module.hypernet.conditions
+    row = conditions.select(table).detach().clone()
+    if isinstance(table, nn.Parameter):
+        return nn.Parameter(row, requires_grad=table.requires_grad)
+    return row
 
 
 def _densify(hyper: nn.Module, weights: _Weights) -> None:
     """Makes some generated layers dense, and forgets hypernetworks without any."""
-    for path, params in weights.items():
-        layer = cast(Generated, hyper.get_submodule(path))
+    for path, tensors in weights.items():
+        layer = hyper.get_submodule(path)
         uninstall(layer)
-        densify_params(layer, params)
+        if isinstance(layer, Private):
+            make_dense(layer, tensors)
+        else:
+            densify_params(cast(Generated, layer), tensors)
     left = {layer.hypernet for layer in generated_layers(hyper).values()}
     for module in hyper.modules():
         referred = vars(module).get(HYPERNET)
@@ -272,6 +316,17 @@ def _check_root(model: nn.Module, plan: Plan) -> str:
             "the generator is to be had; rename the attribute."
         )
     return plan.root
+
+
+def _check_private(model: nn.Module, plan: Plan) -> None:
+    for site in plan.private:
+        try:
+            module = model.get_submodule(site.path)
+        except AttributeError as error:
+            raise ModelError(f"the plan names {site.path}, which the model lacks.") from error
+        own = module._parameters | module._buffers
+        if lacking := [name for name in site.names if own.get(name) is None]:
+            raise ModelError(f"the plan names {site.path}.{lacking[0]}, which the model lacks.")
 
 
 def _by_layer(plan: Plan) -> dict[str, dict[str, int]]:
@@ -340,17 +395,20 @@ def _initialise(
     each site's embeddings and offset are corrected by the moments of what they would generate.
 
     Returns:
-        Embeddings, and scale and offset (2,), of each site.
+        Embeddings, and scale and offset (2,), of each site; tables of them with conditions.
     """
-    sites = hypernet.plan.sites
+    sites, config = hypernet.plan.sites, hypernet.plan.config
     if not weights:
         return [], []
     like = next(hypernet.parameters()).detach()
     constants = [like.new_tensor([1.0, 0.0]) for _ in sites]
     shapes = [(planned.grid.tiles, hypernet.embedding_dim) for planned in sites]
     if like.is_meta:
-        empty = (weight.detach().new_empty(s) for weight, s in zip(weights, shapes, strict=True))
-        return [nn.Parameter(z) for z in empty], constants
+        sets = (config.rows,) if hypernet.conditions else ()
+        pairs = zip(weights, shapes, strict=True)
+        empty = (weight.detach().new_empty(*sets, *shape) for weight, shape in pairs)
+        ends = (config.networks, 2) if config.conditions else (2,)
+        return [nn.Parameter(z) for z in empty], [like.new_empty(ends) for _ in sites]
     statistics = [_mean_std(weight, p.site.name) for weight, p in zip(weights, sites, strict=True)]
     hypernet.reset(generator)
     embeddings = []
@@ -358,18 +416,40 @@ def _initialise(
     for at, (weight, shape) in enumerate(zip(weights, shapes, strict=True)):
         mean, std = statistics[at]
         grid = sites[at].grid
-        z = torch.randn(shape, generator=generator, device="cpu").to(like)
-        if std > 0:
-            drawn_mean, drawn_std = hypernet.moments(z, constants[at], grid, grams)
-            z /= drawn_std if hypernet.family.degree == 1 else drawn_std.sqrt()
-            constants[at] = like.new_tensor([std, float(mean - std * drawn_mean / drawn_std)])
-        else:
-            # Constant weights (those of zero-initialised layers among them) start exactly so, and
-            # learn through their embeddings at the pace of a layer of fan-in variance.
-            hypernet.family.silence(z, grid)
-            constants[at] = like.new_tensor([1 / math.sqrt(math.prod(weight.shape[1:])), mean])
+        drawn: list[Tensor] = []
+        affine: list[list[float]] = []  # scales and offsets
+        for _ in range(1 if config.share else config.rows):
+            z = torch.randn(shape, generator=generator, device="cpu").to(like)
+            if std > 0:
+                drawn_mean, drawn_std = hypernet.moments(z, constants[at], grid, grams)
+                z /= drawn_std if hypernet.family.degree == 1 else drawn_std.sqrt()
+                affine.append([std, float(mean - std * drawn_mean / drawn_std)])
+            else:
+                # Constant weights (those of zero-initialised layers among them) start exactly so,
+                # and learn through their embeddings at the pace of a layer of fan-in variance.
+                hypernet.family.silence(z, grid)
+                affine.append([1 / math.sqrt(math.prod(weight.shape[1:])), mean])
+            drawn.append(z)
+        if config.conditions:
+            times = config.conditions if config.share else 1
+            constants[at] = like.new_tensor(affine * times)
+        else:  # with a vector, of its slopes too
+            constants[at] = like.new_tensor(affine).mean(0)
+        z = _table(drawn, config) if hypernet.conditions else drawn[0]
         embeddings.append(nn.Parameter(z.to(weight.dtype)))
     return embeddings, constants
+
+
+def _table(sets: list[Tensor], config: HyperConfig) -> Tensor:
+    """The embeddings of all conditions, (B, tiles, Nz), of one set for each, or one for all."""
+    length = config.condition_dim
+    if length is None:
+        return torch.stack(sets * config.rows if config.share else sets)
+    if config.share:
+        return torch.stack([sets[0], *(torch.zeros_like(sets[0]) for _ in range(length))])
+    # Of unit variance where the vector's components are independent and have it
+    base, *slopes = sets
+    return torch.stack([math.sqrt(0.5) * base, *(math.sqrt(0.5 / length) * z for z in slopes)])
 
 
 def _mean_std(weight: Tensor, name: str) -> tuple[float, float]:
@@ -405,7 +485,7 @@ def _widest(weights: list[nn.Parameter]) -> tuple[torch.dtype, torch.device]:
     return dtype, weights[0].device
 
 
-def _copy(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A deep copy, except for tensors that the caller is about to replace."""
     try:
         return copy.deepcopy(model, fresh_hooks(model) | {id(tensor): tensor for tensor in shared})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hyperize.caching import version_of
 from hyperize.config import ConfigError, ModelError
-from hyperize.parts import find_groups
+from hyperize.parts import find_groups, tables
 
 __all__ = ["quantized"]
 
@@ -54,6 +54,11 @@ def rows_of(tensor: Tensor) -> Tensor:
     while tensor.ndim > 2 and len(tensor) == 1:  # as positions in a ViT, (1, patches, channels)
         tensor = tensor[0]
     return tensor.flatten(1)
+
+
+def merged(table: Tensor) -> Tensor:
+    """The entries of all conditions in one tensor, whose rows are the entries': (B * n, *)."""
+    return table.flatten(0, min(1, table.ndim - 1))  # (B, n, *) -> (B * n, *)
 
 
 def _round(tensor: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,8 +95,16 @@ def is_matrix(param: Tensor) -> bool:
     return param.is_floating_point() and param.ndim > 1 and param.numel() > 2 * len(rows_of(param))
 
 
-def nearest(param: Tensor, bits: int) -> Tensor:
-    """What a file of so many bits holds for a parameter, in its dtype; without a graph."""
+def nearest(param: Tensor, bits: int, table: bool = False) -> Tensor:
+    """What a file of so many bits holds for a parameter, in its dtype; without a graph.
+
+    Args:
+        param: The parameter.
+        bits: 8 or 4.
+        table: Whether it holds one entry for each condition.
+    """
+    if table:
+        return nearest(merged(param), bits).view(param.shape)
     if is_matrix(param):
         numbers, step, _ = _round(param, bits)
         return decode(numbers.view(param.shape), step, param.dtype)
@@ -152,7 +165,8 @@ def quantized(hyper: nn.Module, bits: int) -> Iterator[None]:
             raise ModelError(f"{name} of the model is on meta, so there is nothing to round.")
     params = {id(param): param for _, _, param in places}
     with torch.inference_mode(False), torch.enable_grad():  # as parameters are, in any mode
-        rounded = {key: _through(param, bits, block) for key, param in params.items()}
+        several = tables(hyper)
+        rounded = {key: _through(p, bits, block, key in several) for key, p in params.items()}
     before = {key: (version_of(params[key]), version_of(rounded[key])) for key in params}
     try:
         for table, name, param in places:
@@ -191,9 +205,9 @@ class _Block:
     is_open: bool = True
 
 
-def _through(param: nn.Parameter, bits: int, block: _Block) -> Tensor:
+def _through(param: nn.Parameter, bits: int, block: _Block, table: bool) -> Tensor:
     """The rounded value of a parameter, attached to it."""
-    value = nearest(param, bits)
+    value = nearest(param, bits, table)
     through: Tensor = _Through.apply(param, value, block)
     # Copies are made of this one, as torch copies leaves only and would pickle no parameter
     leaf = nn.Parameter(value, param.requires_grad)

@@ -96,6 +96,7 @@ class _Budget:
     """The request, applied to arrays of counts."""
 
     def __init__(self, config: HyperConfig, total_params: int) -> None:
+        self.networks = config.networks
         self.max_params = config.max_params
         self.compression = None if config.max_params else config.compression
         self.total_params = total_params
@@ -111,21 +112,26 @@ class _Budget:
 
     def met(self, dense: np.ndarray, hyper: np.ndarray) -> np.ndarray:
         if self.max_params is not None:
-            return np.asarray(self.total_params - dense + hyper <= self.max_params)
+            rest = self.total_params - dense // self.networks
+            return np.asarray(rest + hyper <= self.max_params)
         return np.asarray(dense >= (self.compression or 0) * hyper) & (dense > 0)
 
     def distance(self, choice: _Choice) -> float:
         """Grows as a choice gets further from the request."""
-        return choice.hyper - choice.dense if self.max_params is not None else -choice.ratio
+        if self.max_params is None:
+            return -choice.ratio
+        return choice.hyper - choice.dense / self.networks
 
 
 def _search(shapes: Mapping[tuple[int, ...], int], found: Found, config: HyperConfig) -> _Choice:
     """The first geometry, from the preferred one on, that meets the request with room to spare."""
-    budget = _Budget(config, found.total_params + _growth(found))
-    if config.max_params is not None and config.max_params >= found.total_params:
+    budget = _Budget(config, found.total_params + _growth(found, config))
+    everything = config.networks * found.total_params
+    if config.max_params is not None and config.max_params >= everything:
         raise BudgetError(
-            f"max_params={config.max_params:,} is no less than the {found.total_params:,} "
-            "parameters that the dense model has, so nothing would have to be saved."
+            f"max_params={config.max_params:,} is no less than the {everything:,} parameters that "
+            f"{'the dense model has' if config.networks == 1 else 'the dense models have'}, so "
+            "nothing would have to be saved."
         )
     met: list[_Choice] = []
     missed: list[_Choice] = []
@@ -199,11 +205,12 @@ class _Table:
         grids = [family.grid(s, self.lead, by_kernel[kernel_name(s)], axis) for s in shapes]
         index = {head.kernel: at for at, head in enumerate(self.heads)}
         self.counts = np.array(list(shapes.values()), dtype=np.int64)
-        self.weights = np.array([math.prod(shape) for shape in shapes], dtype=np.int64)
-        self.grid_tiles = np.array([grid.tiles for grid in grids], dtype=np.int64)
+        dense = [config.networks * math.prod(shape) for shape in shapes]  # of all networks
+        self.weights = np.array(dense, dtype=np.int64)
+        self.grid_tiles = np.array([config.rows * grid.tiles for grid in grids], dtype=np.int64)
         # (heads, shapes): which head writes which shape
         self.member = np.array([[index[g.kernel] == at for g in grids] for at in index.values()])
-        self.tiles = int(self.grid_tiles @ self.counts)
+        self.tiles = sum(g.tiles * n for g, n in zip(grids, shapes.values(), strict=True))
 
     def kept(self, hidden: int, nz: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Which shapes and which heads stay in, (shapes, len(nz)) and (heads, len(nz)).
@@ -250,7 +257,8 @@ class _Table:
         if met.any():
             at = int(np.flatnonzero(met)[-1])
         elif budget.max_params is not None:
-            at = int(np.argmin(np.where(valid, hyper - dense, np.iinfo(np.int64).max)))
+            added = hyper - dense // budget.networks
+            at = int(np.argmin(np.where(valid, added, np.iinfo(np.int64).max)))
         else:
             at = int(np.argmax(dense / np.maximum(hyper, 1)))
         return _Choice(
@@ -299,15 +307,17 @@ def _plan(found: Found, config: HyperConfig, choice: _Choice) -> Plan:
             sites.append(planned)
             continue
         reason = "would grow: its embeddings are no smaller"
-        if planned.hyper_params < site.dense_params:
+        if planned.hyper_params < config.networks * site.dense_params:
             reason = f"would grow: too few {site.kernel} weights for an output layer of their own"
         skips.append(Skip(site.name, reason, site.dense_params))
-    return replace(plan, sites=tuple(sites), skips=(*found.skips, *skips))
+    paths = {planned.site.path for planned in sites}
+    private = tuple(s for s in found.private if s.path in paths or not s.generated)
+    return replace(plan, sites=tuple(sites), skips=(*found.skips, *skips), private=private)
 
 
 def _dynamic_plan(found: Found, config: HyperConfig) -> Plan:
     """The plan of a model in which nothing is generated, and layers are made dynamic."""
-    total = found.total_params + _growth(found)
+    total = found.total_params + _growth(found, config)
     if config.max_params is not None and total > config.max_params:
         raise BudgetError(
             f"max_params={config.max_params:,} cannot be met: dynamic layers have more parameters "
@@ -342,8 +352,10 @@ def _empty_plan(found: Found, config: HyperConfig, notes: list[str]) -> Plan:
     )
 
 
-def _growth(found: Found) -> int:
-    return sum(site.growth for site in found.dynamic)
+def _growth(found: Found, config: HyperConfig) -> int:
+    """Parameters that are added, whatever is generated."""
+    copies = (config.networks - 1) * sum(site.params for site in found.private)
+    return copies + sum(site.growth for site in found.dynamic)
 
 
 def _dynamic_notes(found: Found) -> list[str]:
@@ -424,14 +436,17 @@ def _unreachable(best: _Choice, found: Found, config: HyperConfig) -> str:
         if found.untargeted:
             kinds = ", ".join(repr(u.kind) for u in found.untargeted)
             advice += f", or add targets ({kinds})"
-        least = found.total_params + _growth(found) - best.dense + best.hyper
+        least = found.total_params + _growth(found, config) + best.hyper
+        least -= best.dense // config.networks
         return (
             f"max_params={config.max_params:,} cannot be met: this model can have {least:,} (at "
-            f"{at}) to {found.total_params - 1:,} parameters with the targets "
+            f"{at}) to {config.networks * found.total_params - 1:,} parameters with the targets "
             f"{', '.join(config.targets)}; {advice}."
         )
     return (
         f"compression={config.compression:g} cannot be met: with {', '.join(free)} free, the "
-        f"reachable range for these {sum(s.dense_params for s in found.sites):,} weights is 1 to "
+        "reachable range for these "
+        f"{config.networks * sum(s.dense_params for s in found.sites):,} "
+        "weights is 1 to "
         f"{best.ratio:,.2f} (at {at}); {advice}."
     )

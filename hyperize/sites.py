@@ -116,6 +116,27 @@ class DynamicSite:
 
 
 @dataclass(frozen=True)
+class PrivateSite:
+    """A layer whose parameters and buffers exist once for each of several networks.
+
+    Attributes:
+        path: Path of the layer in the model.
+        names: Names of these parameters and buffers in the layer.
+        params: Numbers in the parameters, of one network.
+        bytes: Of parameters and buffers, of one network.
+        generated: Whether the layer's weights are generated, and these are its other parameters.
+        aliases: The layer's other paths.
+    """
+
+    path: str
+    names: tuple[str, ...]
+    params: int
+    bytes: int
+    generated: bool = False
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Skip:
     """A target that stays dense.
 
@@ -154,6 +175,8 @@ class Found:
         dynamic: Recurrent layers to make dynamic, likewise.
         skips: Targets that stay dense.
         untargeted: Layers of known kinds that are not targets.
+        private: With several networks, what exists once for each: norms, layers that the request
+            names, and of layers to be generated what is not generated.
         order: How the sites were found and ordered, as a sentence.
         total_params: Parameters of the whole dense model, shared ones counted once.
         total_bytes: Bytes of its parameters and buffers, likewise.
@@ -163,6 +186,7 @@ class Found:
     dynamic: tuple[DynamicSite, ...]
     skips: tuple[Skip, ...]
     untargeted: tuple[Untargeted, ...]
+    private: tuple[PrivateSite, ...]
     order: str
     total_params: int
     total_bytes: int
@@ -196,10 +220,16 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
         _check_forms(config, [paths[m] for m in layers.values() if _kind(m) in _DYNAMIC_KINDS])
     else:
         dynamic_of = {}
+    if dynamic_of and (config.conditions or config.condition_dim):
+        raise ConfigError(
+            f"{next(iter(dynamic_of)) or 'the model'} would become a dynamic hypernetwork, whose "
+            'weights have no conditions; use lstm="static" with conditions or condition_dim.'
+        )
     targets = {p: m for p, m in layers.items() if _kind(m) in kinds or p in dynamic_of}
     kind = f"layer of kind {', '.join(config.targets)}"
     check_patterns("include", config.include, (paths[m] for m in targets.values()), kind)
     check_patterns("exclude", config.exclude, paths.values(), "module")
+    check_patterns("private", config.private, paths.values(), "module")
     included = {p: m for p, m in targets.items() if matches(paths[m], config.include)}
     selected = {p: m for p, m in included.items() if not matches(paths[m], config.exclude)}
     _check_layers(selected)
@@ -211,6 +241,9 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
     ordered, order = _order(model, targets)
     for path in ordered:
         module = targets[path]
+        if path in selected and matches(paths[module], config.private):
+            skips.append(Skip(path, "private: there is one for each network", _weights(module)))
+            continue
         if path not in selected:
             reason = "excluded" if path in included else "not included"
             skips.append(Skip(path, reason, _weights(module)))
@@ -252,10 +285,57 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
         dynamic=tuple(dynamic),
         skips=tuple(skips),
         untargeted=tuple(Untargeted(k, len(n), sum(n)) for k, n in untargeted.items()),
+        private=tuple(_private(model, paths, {site.path for site in sites}, config)),
         order=order,
         total_params=sum(p.numel() for p in model.parameters()),
         total_bytes=tensor_bytes(model),
     )
+
+
+_NORMS = (
+    nn.modules.batchnorm._NormBase,  # batch and instance norms, SyncBatchNorm
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+"""Layers whose statistics, and what is learned about them, are a network's own."""
+
+
+def _private(
+    model: nn.Module, paths: dict[nn.Module, list[str]], generated: set[str], config: HyperConfig
+) -> Iterator[PrivateSite]:
+    """As `Found.private`; `generated` are the paths of layers with sites."""
+    owners = _owners(model) if config.conditions else {}
+    for module, names in paths.items() if config.conditions else ():
+        path, aliases = names[0], tuple(names[1:])
+        own = {**module._parameters, **module._buffers}
+        for name in _params(module) if path in generated else ():
+            del own[name]
+        held = {name: tensor for name, tensor in own.items() if tensor is not None}
+        if not held or not (
+            path in generated or isinstance(module, _NORMS) or matches(names, config.private)
+        ):
+            continue
+        params = {n: t for n, t in held.items() if n in module._parameters}
+        for name, param in params.items():
+            if len(owners[id(param)]) > 1:
+                raise ModelError(
+                    f"{path}.{name} is to exist once for each network, and is tied: one tensor "
+                    f"under {', '.join(owners[id(param)])}. Untie it, or exclude the layer."
+                )
+        if path not in generated and is_parametrized(module):
+            raise ModelError(
+                f"{path} is to exist once for each network, and is parametrized; remove the "
+                "parametrization, or leave the layer out of private."
+            )
+        yield PrivateSite(
+            path=path,
+            names=tuple(held),
+            params=sum(param.numel() for param in params.values()),
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in held.values()),
+            generated=path in generated,
+            aliases=aliases,
+        )
 
 
 def parameters_of(model: nn.Module, sites: Sequence[Site]) -> list[nn.Parameter]:

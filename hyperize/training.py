@@ -22,6 +22,7 @@ from hyperize.config import ConfigError, ModelError
 from hyperize.dynamic import HyperLSTMCell, HyperRNNCell
 from hyperize.hypernet import HyperNet
 from hyperize.layers import Generated
+from hyperize.private import Private
 from hyperize.tiling import Grid
 
 __all__ = ["GeneratedL2", "generated_l2", "param_groups"]
@@ -83,7 +84,11 @@ def _spared(model: nn.Module) -> Iterator[nn.Parameter]:
         if isinstance(module, HyperNet):
             yield from module.parameters()
         elif isinstance(module, Generated):
-            yield from (module.embedding(name) for name in module.generated)
+            # A decay would act on the networks that are not meant, too
+            tables = (module._parameters.get(name) for name in (*module.generated, *module.private))
+            yield from (table for table in tables if table is not None)
+        elif isinstance(module, Private):
+            yield from module.parameters(recurse=False)
         elif isinstance(module, (HyperLSTMCell, HyperRNNCell)):
             gains = (module.ln_weight, module.hyper_ln_weight)
             yield from (gain for gain in gains if gain is not None)
@@ -132,7 +137,7 @@ class GeneratedL2:
     """The sum of squares of the weights generated within `generated_l2`; call it for the value."""
 
     def __init__(self) -> None:
-        self._records: dict[int, _Record] = {}  # by the number of the embedding
+        self._records: dict[Any, _Record] = {}  # by the weight, and its condition
         self._thread = threading.get_ident()
 
     def __call__(self) -> Tensor:
@@ -178,11 +183,15 @@ class GeneratedL2:
         if isinstance(grids, Grid):
             embeddings, constants, grids, output = (embeddings,), (constants,), (grids,), (output,)
         shared = [] if compiling else [param for *_, param in hypernet.sources()]
-        graph = torch.is_grad_enabled()
-        for z, c, grid, out in zip(embeddings, constants, grids, output, strict=True):
+        graph, conditions = torch.is_grad_enabled(), hypernet.conditions
+        held = None if compiling or conditions is None else conditions.key()
+        sites = zip(embeddings, constants, grids, output, strict=True)
+        for at, (z, c, grid, out) in enumerate(sites):
             versions = None if compiling else [(param, version_of(param)) for param in (z, *shared)]
             # The newest replaces an older one: parameters may have changed in between
-            self._records[id(z)] = _Record(hypernet, (z, c, grid), versions, out, graph)
+            # Embeddings that a condition has chosen are new tensors each time
+            key = id(z) if conditions is None else (id(grid), held, at)
+            self._records[key] = _Record(hypernet, (z, c, grid), versions, out, graph)
 
 
 def _squares(hypernet: HyperNet, records: list[_Record]) -> Tensor:

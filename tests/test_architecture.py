@@ -14,10 +14,10 @@ PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     *("config", "writing", "source", "products", "factorized", "tiling", "moments", "cp"),
-    *("families", "reading"),
+    *("families", "reading", "conditions", "private"),
     "caching",
     *("layers", "kernels", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts"),
-    *("calls", "rewrite", "rounding"),
+    *("calls", "rewrite", "networks", "rounding"),
     *("drawing", "page", "reporting", "timm_models", "files", "folders", "graph", "onnx"),
     *("training", "distributed", "teacher", "solver", "fitting", "cli"),
 ]

@@ -14,7 +14,16 @@ from models import randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hyperize import Plan, dense_state_dict, hyperize, load_timm, make_plan, save
+from hyperize import (
+    Plan,
+    condition,
+    dense_state_dict,
+    hyperize,
+    load,
+    load_timm,
+    make_plan,
+    save,
+)
 from hyperize.cli import main
 
 
@@ -463,3 +472,36 @@ def test_installed_command(capsys):
             main([command, "--help"])
         assert stop.value.code == 0
         assert f"example: hyperize {command} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_several_checkpoints_become_one_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in range(3):
+        model = randomise(timm.create_model("test_resnet", num_classes=4), seed)
+        save_file(model.state_dict(), f"{seed}.safetensors")
+    fit = "fit test_resnet --num-classes 4 --compression 3 --private fc --out all.safetensors"
+    assert main([*fit.split(), "--checkpoint", *(f"{seed}.safetensors" for seed in range(3))]) == 0
+    assert "of network" in capsys.readouterr().out
+    model = timm.create_model("test_resnet", num_classes=4)
+    hyper = load(model, "all.safetensors").eval()
+    for k in range(3):
+        convert = (
+            f"convert --checkpoint all.safetensors --condition {k} --out {k}-dense.safetensors"
+        )
+        assert main(convert.split()) == 0
+        model.load_state_dict(load_file(f"{k}-dense.safetensors"))
+        teacher = load_file(f"{k}.safetensors")
+        assert torch.equal(model.fc.weight, teacher["fc.weight"])
+        x = torch.randn(2, 3, 64, 64)
+        with condition(hyper, k):
+            assert torch.equal(hyper(x), model.eval()(x))
+    capsys.readouterr()
+    for arguments, words in (
+        ("convert --checkpoint all.safetensors --out d.safetensors", "3 networks; say which"),
+        ("convert --checkpoint all.safetensors --out d.safetensors --condition 3", "0 to 2"),
+        (f"{fit} --force --conditions 2 --checkpoint 0.safetensors", "a list of 2"),
+    ):
+        assert main(arguments.split()) == 1
+        assert words in capsys.readouterr().err
+    assert main(["report", "test_resnet", "--conditions", "4", "--compression", "3"]) == 0
+    assert "networks: 4" in capsys.readouterr().out

@@ -38,8 +38,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hyperize import (
+    ConditionError,
     ConfigError,
     ModelError,
+    condition,
     dense_state_dict,
     generated_l2,
     hyperize,
@@ -464,6 +466,21 @@ def test_blocks_of_ones_own():
     assert inside == {"", "layer2", "layer2.0", "layer4"}
     with torch.no_grad():
         assert torch.equal(model(batch()[0]), image_model()(batch()[0]))
+
+
+@pytest.mark.usefixtures("_one_process")
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, shard])
+def test_engines_pass_conditions_on(wrap):
+    plain, wrapped = image_model(conditions=2), wrap(image_model(conditions=2))
+    inputs, labels = batch()
+    for model in (plain, wrapped):
+        for k in (0, 1):
+            with condition(model, k):
+                loss = loss_of(model, inputs, labels)
+            (loss * (1 + k)).backward()
+    assert error(gradients(wrapped), gradients(plain)) < SAME_STEPS
+    with pytest.raises(ConditionError):
+        wrapped(inputs)
 
 
 @pytest.mark.usefixtures("_one_process")

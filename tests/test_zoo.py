@@ -21,6 +21,8 @@ from hyperize.sites import find_sites
 
 COMPRESSION = 10.0
 """The default request."""
+NETWORKS = 4
+"""Of which each is to be generated, too."""
 
 SUBSET = [
     "beit_base_patch16_224",
@@ -101,6 +103,15 @@ def check(name):
     assert [(path, type(m)) for path, m in dense.named_modules()] == classes
     assert [path for path, _ in dense.named_buffers()] == buffers
     assert not any(isinstance(m, Generated) for m in dense.modules())
+
+    with mock.patch("hyperize.sites._order", lambda model, targets: (list(targets), "as before")):
+        several = make_plan(dense, conditions=NETWORKS)
+    assert several.compression >= COMPRESSION
+    hyper = apply_plan(dense, several, inplace=True)
+    assert count(hyper) == several.total_hyper_params
+    dense = to_dense(hyper, condition=NETWORKS - 1, inplace=True)
+    assert signature(dense.state_dict()) == before
+    assert [(path, type(m)) for path, m in dense.named_modules()] == classes
 
 
 def _check_every_target_is_accounted_for(targets, plan):

@@ -1,0 +1,165 @@
+"""The networks of a model with conditions: one of them alone, and one more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hyperize.conditions import condition, conditions_of
+from hyperize.config import ConditionError
+from hyperize.hypernet import HyperNet
+from hyperize.layers import CONSTANTS, Generated, generated_class
+from hyperize.parts import find_groups, generated_layers, private_layers
+from hyperize.plan import Plan
+from hyperize.private import make_dense
+from hyperize.rewrite import copied
+
+__all__ = ["add_condition", "at_condition"]
+
+
+def at_condition(hyper: nn.Module, k: Any) -> nn.Module:
+    """The hyperized model of one condition alone, which needs none to be called.
+
+    For what works on one network: `report`, `as_graph`, `shard`, `save` of a single one.
+
+    Args:
+        hyper: A model that was hyperized with conditions; not changed.
+        k: As `hyperize.condition` takes it, one for all samples.
+
+    Returns:
+        A copy that shares nothing with it. Outputs are equal bit for bit.
+
+    Raises:
+        ConditionError: The model has no conditions, or this is none of them.
+        ModelError: The model is not hyperized, is wrapped or sharded, or cannot be copied.
+    """
+    find_groups(hyper)
+    with torch.no_grad(), condition(hyper, k):
+        if any(conditions.now.each for conditions in conditions_of(hyper)):
+            raise ConditionError("one network has one condition; got one for each of some samples.")
+        chosen = {
+            path: {name: _like(table, row) for name, table, row in _rows(layer)}
+            for path, layer in generated_layers(hyper).items()
+        }
+        own = {
+            path: {name: _like(t, layer.conditions.select(t)) for name, t in _tensors(layer)}
+            for path, layer in private_layers(hyper).items()
+        }
+    alone = copied(hyper)
+    for path, rows in own.items():
+        make_dense(private_layers(alone)[path], rows)
+    for path, layer in generated_layers(alone).items():
+        for name, row in chosen[path].items():
+            _set(layer, name, row)
+        layer.__class__ = generated_class(layer.dense_class, layer.generated)
+    _replan(alone, conditions=None, condition_dim=None, share=False, private=())
+    return alone
+
+
+def add_condition(hyper: nn.Module, like: int = 0) -> nn.Module:
+    """A model with one more network, which starts equal to another and alone is trained.
+
+    The new network is the last one. Everything but its embeddings, norms and biases is frozen: the
+    parameters that all networks share have `requires_grad=False`, and no gradient reaches the
+    embeddings of the others. They stay as they are with an optimizer made anew, over `param_groups`
+    of the result; saved and loaded again, all of them train.
+
+    Args:
+        hyper: A model that was hyperized with `conditions=K`; not changed.
+        like: The network that it starts as, from 0 to K - 1.
+
+    Returns:
+        A copy with K + 1 networks that shares nothing with it.
+
+    Raises:
+        ConditionError: The model has no numbered conditions, or `like` is none of them.
+        ModelError: As in `at_condition`.
+    """
+    find_groups(hyper)
+    if any(conditions.length for conditions in conditions_of(hyper)):
+        raise ConditionError(
+            "the conditions of this model are vectors, to which none can be added."
+        )
+    if not isinstance(like, int):
+        raise ConditionError(f"like must be the number of a network, got {like!r}.")
+    with condition(hyper, like):  # which checks it
+        longer = copied(hyper)
+    longer.requires_grad_(False)
+    for layer in generated_layers(longer).values():
+        for name, table, _ in list(_tables(layer)):
+            _set(layer, name, _longer(table, like))
+    for private in private_layers(longer).values():
+        for name, table in list(_tensors(private)):
+            _set(private, name, _longer(table, like))
+    for conditions in conditions_of(longer):
+        conditions.networks += 1
+        conditions.trains = torch.arange(conditions.networks) == conditions.networks - 1
+    networks = conditions_of(longer)[0].networks
+    _replan(longer, conditions=networks)
+    return longer
+
+
+def _tables(layer: Generated) -> Iterator[tuple[str, Tensor, bool]]:
+    """Names and tensors with one entry for each condition; whether the tensor is an embedding."""
+    for name in layer.generated:
+        yield name, layer.embedding(name), True
+        if (constants := layer.all_constants(name)).ndim > 1:
+            yield name + CONSTANTS, constants, False
+    for name in layer.private:
+        table = (layer._parameters | layer._buffers)[name]
+        assert table is not None
+        yield name, table, False
+
+
+def _rows(layer: Generated) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Names, tables, and what holds of them."""
+    for name, table, is_embedding in _tables(layer):
+        row = layer.chosen(name) if is_embedding else layer.hypernet.conditions.select(table)
+        yield name, table, row
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _like(table: Tensor, row: Tensor) -> Tensor:
+    """A row as a parameter or a buffer, as the table is."""
+    row = row.detach().clone()
+    if isinstance(table, nn.Parameter):
+        return nn.Parameter(row, requires_grad=table.requires_grad)
+    return row
+
+
+def _longer(table: Tensor, like: int) -> Tensor:
+    longer = torch.cat([table.detach(), table.detach()[like : like + 1]])
+    return nn.Parameter(longer) if isinstance(table, nn.Parameter) else longer
+
+
+def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
+    kept: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
+    kept[name] = tensor
+
+
+def _replan(hyper: nn.Module, **changes: Any) -> None:
+    """Gives hypernetworks and layers plans of another number of networks."""
+    for hypernet in {m for m in hyper.modules() if isinstance(m, HyperNet)}:
+        hypernet.plan = _with(hypernet.plan, changes)
+        if not hypernet.plan.config.conditions:
+            hypernet.conditions = None
+    for layer in generated_layers(hyper).values():
+        tiles = layer.hypernet.plan
+        heads = {head.kernel: head for head in tiles.heads}
+        layer.sites = {name: tiles.place(p.site, heads) for name, p in layer.sites.items()}
+
+
+def _with(plan: Plan, changes: dict[str, Any]) -> Plan:
+    plan = replace(plan, config=plan.config.replace(**changes))
+    heads = {head.kernel: head for head in plan.heads}
+    sites = tuple(plan.place(planned.site, heads) for planned in plan.sites)
+    return replace(plan, sites=sites, private=plan.private if plan.config.conditions else ())
