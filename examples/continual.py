@@ -39,7 +39,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from twins import Images, Twin, classified, shuffled, train
 
-from hyperize import condition, hyperize, param_groups, report
+from hyperize import condition, hyperize, make_plan, param_groups, report
 
 TASKS = 5
 EPOCHS = {"mnist": 12, "cifar10": 4}
@@ -151,16 +151,18 @@ def generated(
     make: Callable[[], nn.Module], tasks: list[Task], args: argparse.Namespace
 ) -> Outcome:
     """One generator, with the output regulariser."""
-    hyper = hyperize(
-        make(),
+    model = make()
+    plan = make_plan(
+        model,
         conditions=TASKS,
         compression=args.compression,
         targets=("linear", "conv2d"),
         private="head",
         seed=args.seed,
-    ).to(args.device)
+    )
+    hyper = hyperize(model, plan).to(args.device)
     print(report(hyper), end="\n\n")
-    sites = [planned.site for planned in hyper.hypernet.plan.sites]
+    sites = [planned.site for planned in plan.sites]
 
     def weights(k: int) -> list[Tensor]:
         with condition(hyper, k):
@@ -193,8 +195,8 @@ def fine_tuned(
 ) -> Outcome:
     """One network, and heads that are put in place for each task."""
     model = make().to(args.device)
-    heads = [copy.deepcopy(model.head) for _ in tasks]
-    accuracies = []
+    heads = [copy.deepcopy(model.get_submodule("head")) for _ in tasks]
+    accuracies: list[list[float]] = []
     for t, task in enumerate(tasks):
         model.head = heads[t]
         loss = lambda x, y: F.cross_entropy(model(x), y)  # noqa: E731

@@ -1,5 +1,6 @@
 """The examples run, on data of the formats that they read."""
 
+import argparse
 import importlib
 import struct
 import subprocess
@@ -234,3 +235,55 @@ def test_only_dense_weights_decay(example):
     assert sum(len(g["params"]) for g in twin.optimizer.param_groups) == len(
         list(model.parameters())
     )
+
+
+def test_continual(example, mnist, tmp_path, capsys):
+    flags = ["--data-dir", str(mnist), "--batch-size", "16", "--steps", "20", "--width", "64"]
+    flags += ["--plot", str(tmp_path / "plot.png")]
+    rows = example("continual").main(flags)
+    assert [row.name for row in rows] == ["generated", "fine-tuned", "separate", "separate, small"]
+    by_name = {row.name: row for row in rows}
+    for row in rows:
+        assert [len(accuracies) for accuracies in row.accuracies] == [1, 2, 3, 4, 5]
+        assert row.final > 0.9
+    separate, small = by_name["separate"], by_name["separate, small"]
+    assert separate.params > 4 * by_name["generated"].params
+    assert 0.8 * by_name["generated"].params < small.params <= by_name["generated"].params
+    assert separate.forgotten == small.forgotten == 0
+    assert by_name["generated"].forgotten < 0.1
+    captured = capsys.readouterr()
+    assert "networks: 5" in captured.out
+    assert (tmp_path / "plot.png").read_bytes()[1:4] == b"PNG"
+    assert not captured.err
+
+
+def test_the_penalty_of_continual_holds_the_weights_of_earlier_tasks(example, mnist, monkeypatch):
+    script = example("continual")
+    train_set, test_set = (script.train_mnist.read(mnist, train) for train in (True, False))
+    tasks = script.split(train_set, test_set)
+    assert [len(task.test.labels) for task in tasks] == [6] * 5
+    assert all(set(task.train.labels.tolist()) == {0, 1} for task in tasks)
+    trained, drifts = script.trained, []
+    for beta in (0.0, 10.0):
+        first = []
+
+        def recording(model, *rest, first=first):
+            trained(model, *rest)
+            with torch.no_grad(), hyperize.condition(model, 0):
+                first.append(torch.clone(model.second.weight))
+
+        monkeypatch.setattr(script, "trained", recording)
+        args = argparse.Namespace(
+            beta=beta, compression=6.0, seed=0, device="cpu", steps=20, batch_size=16, lr=3e-3,
+            dataset="mnist",
+        )  # fmt: skip
+        script.generated(lambda: script.Perceptron(64), tasks, args)
+        drifts.append(float((first[-1] - first[0]).norm() / first[0].norm()))
+    assert drifts[1] < 0.2 * drifts[0]
+
+
+def test_continual_says_what_is_missing(example, tmp_path, capsys):
+    for dataset in ("mnist", "cifar10"):
+        with pytest.raises(SystemExit):
+            example("continual").main(["--data-dir", str(tmp_path), "--dataset", dataset])
+        assert f"holds no {dataset}" in capsys.readouterr().err
