@@ -40,6 +40,9 @@ ROWS = 120
 NAME = 40
 """Letters of a name in a chart, about."""
 
+NETWORKS = 24
+"""Networks that are compared with each other, at most."""
+
 T = TypeVar("T")
 
 
@@ -130,6 +133,30 @@ class Picture:
     caption: str
     png: bytes
     size: tuple[int, int]
+
+
+def similarities(sources: Sequence[Source]) -> tuple[list[int], np.ndarray] | None:
+    """How alike the networks of a model with conditions are.
+
+    Args:
+        sources: Generated weights that are there.
+
+    Returns:
+        Numbers of networks, and the cosines of the angles between all their embeddings; None where
+        there are no two networks.
+    """
+    tables = [
+        source.layer.embedding(source.param).detach()
+        for source in sources
+        if (held := source.layer.hypernet.conditions) is not None and held.networks > 1
+    ]
+    if not tables or len({len(table) for table in tables}) > 1:
+        return None
+    numbers = spread(range(len(tables[0])), NETWORKS)
+    # (K, tiles, Nz) of each weight -> (K, numbers)
+    rows = torch.cat([table[numbers].flatten(1).float() for table in tables], 1)
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    return numbers, (rows @ rows.t()).cpu().numpy()
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -48,7 +48,7 @@ _REWRITING = tuple(
     f"torch.nn.utils.{name}" for name in ("parametrize", "prune", "spectral_norm", "weight_norm")
 )
 """Modules that read a parameter in order to put something else in its place."""
-_ENGINES = ("torch.distributed.", "accelerate.", "deepspeed.")
+ENGINES = ("torch.distributed.", "accelerate.", "deepspeed.")
 """What reads a module's parameters by name, to shard, move or store them."""
 _LOWERED = {
     getattr(layer, method)
@@ -281,7 +281,7 @@ class Generated(nn.Module):
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """As `children`; engines that move or store parameters see the hypernetwork, too."""
-        show = str(sys._getframe(1).f_globals.get("__name__")).startswith(_ENGINES)
+        show = str(sys._getframe(1).f_globals.get("__name__")).startswith(ENGINES)
         return iter([(n, m) for n, m in super().named_children() if show or n != HYPERNET])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Generated:
@@ -641,7 +641,7 @@ def _generated_property(name: str) -> property:
             module, function = str(reader.f_globals.get("__name__")), reader.f_code.co_name
             if module in _REWRITING:
                 raise _assignment_error(name)
-            if module.startswith(_ENGINES) or function == "get_parameter":
+            if module.startswith(ENGINES) or function == "get_parameter":
                 return self.embedding(name)
             # Encoders of torch's own read weights of their layers in their forward, and only read
             plain = function == "forward" and module.startswith("torch.nn.")

@@ -8,7 +8,18 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from hyperize.drawing import Bar, Picture, Projection, Source, picture, project, spread
+import numpy as np
+
+from hyperize.drawing import (
+    Bar,
+    Picture,
+    Projection,
+    Source,
+    picture,
+    project,
+    similarities,
+    spread,
+)
 from hyperize.sites import Skip
 
 __all__ = ["page"]
@@ -275,7 +286,35 @@ def _pictures(bars: Iterable[Bar], sources: Sequence[Source]) -> list[str]:
     reason = _without_values(bars, sources)
     if reason:
         return [f'<p class="soft" id="no-pictures">No embeddings and kernels here: {reason}.</p>\n']
-    return [_embeddings(project(sources)), _kernels(map(picture, _chosen(sources)))]
+    found = similarities(sources)
+    return [
+        *([_networks(*found)] if found else []),
+        _embeddings(project(sources)),
+        _kernels(map(picture, _chosen(sources))),
+    ]
+
+
+def _networks(numbers: Sequence[int], cosines: np.ndarray) -> str:
+    head = "".join(f'<th scope="col" class="number">{k}</th>' for k in numbers)
+    body = "".join(
+        f'<tr><th scope="row" class="number">{k}</th>'
+        + "".join(
+            f'<td class="number" style="background: rgb(37 99 235 / {max(value, 0) / 2:.2f})">'
+            f"{value:.2f}</td>"
+            for value in row
+        )
+        + "</tr>\n"
+        for k, row in zip(numbers, cosines.tolist(), strict=True)
+    )
+    return (
+        "<h2>Networks</h2>\n"
+        '<p class="soft">How alike they are: the cosine of the angle between the embeddings of two '
+        "networks, 1 for equal ones, and near 0 for freshly drawn ones. What follows is of network "
+        "0.</p>\n"
+        '<div class="scroll" tabindex="0" role="region" aria-label="Table of networks">\n'
+        f'<table id="networks">\n<thead><tr><td></td>{head}</tr></thead>\n'
+        f"<tbody>\n{body}</tbody>\n</table>\n</div>\n"
+    )
 
 
 def _without_values(bars: Iterable[Bar], sources: Sequence[Source]) -> str:

@@ -2,11 +2,13 @@
 
 Batch norm's statistics above all: those of one network are wrong for another. Such a layer keeps
 its class's forward, fields and repr; only the class is swapped, and each of its parameters and
-buffers becomes a table with one entry for each network, (K, *), under the same name.
+buffers becomes a table with one entry for each network, (K, *), under the same name. Who reads a
+parameter as an attribute gets the entry of the network that is meant.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from torch import Tensor, nn
 
 from hyperize.conditions import Conditions, samplewise
 from hyperize.config import ConditionError
+from hyperize.layers import ENGINES
+from hyperize.reading import guarded
 
 __all__: list[str] = []
 
@@ -78,28 +82,49 @@ class Private(nn.Module):
         # Twins are made at run time, so pickle cannot find them by name: make them again instead.
         reduced = super().__reduce_ex__(protocol)
         assert isinstance(reduced, tuple)
-        return (_new_private, (self.dense_class,), *reduced[2:])
+        names = tuple(name for name, param in self._parameters.items() if param is not None)
+        return (_new_private, (self.dense_class, names), *reduced[2:])
 
 
-_TWINS: dict[type[nn.Module], type[Private]] = {}
+_TWINS: dict[tuple[type[nn.Module], tuple[str, ...]], type[Private]] = {}
 
 
-def private_class(dense: type[nn.Module]) -> type[Private]:
-    """The private twin of a class; one for each."""
-    if dense not in _TWINS:
-        members = {
+def private_class(dense: type[nn.Module], names: tuple[str, ...]) -> type[Private]:
+    """The private twin of a class with such parameters; one for each."""
+    if (dense, names) not in _TWINS:
+        members: dict[str, Any] = {name: _entry(name) for name in names}
+        members |= {
             "dense_class": dense,
             "__doc__": f"{dense.__name__} of which each network has its own.",
             "__module__": dense.__module__,  # by which torch.fx tells leaves
         }
-        # setdefault: threads that make the same twin at once all get the first
-        _TWINS.setdefault(dense, type(f"Private{dense.__name__}", (Private, dense), members))
-    return _TWINS[dense]
+        twin = type(f"Private{dense.__name__}", (Private, dense), members)
+        _TWINS.setdefault((dense, names), twin)  # threads that make it at once all get the first
+    return _TWINS[dense, names]
 
 
-def _new_private(dense: type[nn.Module]) -> nn.Module:
+def _entry(name: str) -> property:
+    def read(self: Private) -> Tensor:
+        table = self._parameters[name]
+        assert table is not None
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self.conditions.select(table)
+        reader = sys._getframe(1)
+        module, function = str(reader.f_globals.get("__name__")), reader.f_code.co_name
+        if module.startswith(ENGINES) or function == "get_parameter":
+            return table
+        entry = self.conditions.select(table)
+        # The forward of a layer around this one, as of torch's own encoders, only reads
+        if module.startswith(("torch.nn.modules.", "hyperize.")) and function != "reset_parameters":
+            return entry
+        return guarded(entry, f"{name} of a {type(self).__name__}")
+
+    return property(read, doc=f"The `{name}` of the network that the condition names.")
+
+
+def _new_private(dense: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     """An empty private layer, for pickle and deepcopy to fill."""
-    twin = private_class(dense)
+    twin = private_class(dense, names)
     layer: nn.Module = twin.__new__(twin)
     return layer
 
@@ -118,7 +143,9 @@ def make_private(module: nn.Module, names: tuple[str, ...], conditions: Conditio
     """Turns a layer into its private twin, in place."""
     repeat(module, names, conditions.networks)
     module.__dict__["conditions"] = conditions
-    module.__class__ = private_class(type(module))
+    module.__class__ = private_class(
+        type(module), tuple(n for n, param in module._parameters.items() if param is not None)
+    )
 
 
 def make_dense(module: Private, rows: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hyperize.conditions import each_network
 from hyperize.drawing import Bar, Source, bar_chart
 from hyperize.dynamic import HyperLSTM, HyperRNN
+from hyperize.layers import Generated
 from hyperize.page import page
 from hyperize.parts import Group, find_groups, generated_layers, private_layers
 from hyperize.plan import Plan, PlannedSite
@@ -187,7 +188,8 @@ class Report:
             FileError: It cannot be written.
         """
         with ExitStack() as blocks:  # pictures are of the first network
-            for layer in {source.layer.hypernet: source.layer for source in self.sources}.values():
+            layers = (s.layer for s in self.sources if isinstance(s.layer, Generated))
+            for layer in {layer.hypernet: layer for layer in layers}.values():
                 blocks.enter_context(next(each_network(layer)))
             text = self._page()
         with replacing(Path(path)) as part:

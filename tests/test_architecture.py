@@ -14,9 +14,20 @@ PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
     *("config", "writing", "source", "products", "factorized", "tiling", "moments", "cp"),
-    *("families", "reading", "conditions", "private"),
+    *("families", "reading", "conditions"),
     "caching",
-    *("layers", "kernels", "recurrence", "dynamic", "sites", "plan", "search", "hypernet", "parts"),
+    *(
+        "layers",
+        "private",
+        "kernels",
+        "recurrence",
+        "dynamic",
+        "sites",
+        "plan",
+        "search",
+        "hypernet",
+        "parts",
+    ),
     *("calls", "rewrite", "networks", "rounding"),
     *("drawing", "page", "reporting", "timm_models", "files", "folders", "graph", "onnx"),
     *("training", "distributed", "teacher", "solver", "fitting", "cli"),

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import threading
 
 import pytest
@@ -74,6 +75,20 @@ class Attention(nn.Module):
         return self.out(self.norm(x + self.attention(x, x, x, need_weights=False)[0]))
 
 
+class Dynamic(nn.Module):
+    """A HyperLSTM between layers to generate."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(8, 16, 3, padding=1)
+        self.lstm = hz.HyperLSTM(16, 24, hyper_size=8, embedding_dim=4)
+        self.out = nn.Linear(24, 32)
+
+    def forward(self, x):
+        steps = self.conv(x).permute(2, 0, 1)  # (N, C, T) -> (T, N, C)
+        return self.out(self.lstm(steps)[0][-1])
+
+
 MODELS = {
     "small": (Small, (3, 8, 8), {}),
     "channels": (Small, (3, 8, 8), {"embeddings": "channel"}),
@@ -88,6 +103,12 @@ MODELS = {
     "used twice": (UsedTwice, (3, 8, 8), {}),
     "lstm": (CRNN, (1, 12, 20), {}),
     "attention": (Attention, (6, 32), {"targets": ("linear", "attention")}),
+    "private attention": (Attention, (6, 32), {"targets": "linear", "private": "attention"}),
+    "private hyperlstm": (
+        Dynamic,
+        (8, 7),
+        {"targets": ("conv1d", "linear"), "private": "lstm", "compression": 1.5},
+    ),
     "timm": (lambda: timm.create_model("test_resnet", num_classes=5), (3, 64, 64), {}),
     "factors": (Attention, (6, 32), {"targets": "linear", "factorized": True}),
     "recompute": (Small, (3, 8, 8), {"recompute": True}),
@@ -224,6 +245,22 @@ def test_without_a_condition_nothing_is_computed(capsys):
         raise ConditionError("of the user")
     with pytest.raises(ConditionError, match="none was given"):
         hyper(x)
+
+
+def test_what_each_network_has_for_itself_is_read_under_a_condition_and_not_written():
+    _, hyper, _ = made("private")
+    for layer in (hyper.bn, hyper.gn, hyper.fc):
+        with pytest.raises(ConditionError, match="none was given"):
+            layer.weight  # noqa: B018
+        assert layer.get_parameter("weight") is layer._parameters["weight"]
+        for k in range(K):
+            with condition(hyper, k):
+                assert torch.equal(layer.weight, layer._parameters["weight"][k])
+                with pytest.raises(hz.WeightError):
+                    nn.init.zeros_(layer.weight)
+    hyper.bn.reset_running_stats()
+    assert hyper.bn.running_mean.shape == (K, 16)
+    assert not hyper.bn.running_mean.any()
 
 
 def test_blocks_nest_and_belong_to_their_thread():
@@ -679,10 +716,26 @@ def test_rounding_treats_each_embedding_by_itself(tmp_path):
         assert file.get_tensor("body.weight:step").shape == (z.shape[0] * z.shape[1],)
 
 
-def test_a_page_shows_the_first_network(tmp_path):
+def test_a_page_shows_how_alike_the_networks_are(tmp_path):
     _, hyper, _ = made("small")
-    report(hyper).to_html(tmp_path / "page.html")
-    assert "networks: 3" in (tmp_path / "page.html").read_text()
+    with torch.no_grad():
+        for layer in generated_layers(hyper).values():
+            z = layer.embedding("weight")
+            z[2] = 2 * z[0]
+    found = report(hyper)
+    found.to_html(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "networks: 3" in text
+    table = text[text.index('id="networks"') : text.index("</table>", text.index('id="networks"'))]
+    cells = [float(cell) for cell in re.findall(r">(-?[0-9.]+)</td>", table)]
+    assert len(cells) == 9
+    assert cells[2] == cells[6] == 1
+    assert abs(cells[1]) < 0.3
+    report(at_condition(hyper, 0)).to_html(tmp_path / "one.html")
+    assert 'id="networks"' not in (tmp_path / "one.html").read_text()
+    to_dense(hyper, condition=0, inplace=True)
+    found.to_html(tmp_path / "page.html")
+    assert "converted to a dense one" in (tmp_path / "page.html").read_text()
 
 
 def test_training_works_for_each_network():
