@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hyperize.config import FileError, ModelError
+from hyperize.conditions import conditions_of
+from hyperize.config import ConditionError, FileError, ModelError
 from hyperize.files import (
     FileReport,
     PathLike,
@@ -78,8 +79,14 @@ def save_pretrained(
     Raises:
         ModelError, ConfigError, FileError: As in `save`; `dense` and the model is not one that timm
             can make again.
+        ConditionError: `dense`, and the model has conditions.
     """
     plans = [group.plan for group in find_groups(hyper)]
+    if dense and conditions_of(hyper):
+        raise ConditionError(
+            "the model has conditions, and dense weights are of one network: pass "
+            "at_condition(hyper, k)."
+        )
     timm_config, reason = describe(hyper, plans, timm_args)
     if dense and timm_config is None:
         raise ModelError(f"a dense folder is for timm.create_model, which cannot read it: {reason}")

@@ -661,6 +661,8 @@ def _private_property(name: str) -> property:
     def read(self: Generated) -> Tensor:
         table = self._parameters[name] if name in self._parameters else self._buffers[name]
         assert table is not None
+        if not torch.compiler.is_compiling() and sys._getframe(1).f_code.co_name == "extra_repr":
+            return table  # a layer's repr asks whether it has a bias
         chosen: Tensor = self.hypernet.conditions.select(table)
         return chosen
 

@@ -111,7 +111,8 @@ def _entry(name: str) -> property:
             return self.conditions.select(table)
         reader = sys._getframe(1)
         module, function = str(reader.f_globals.get("__name__")), reader.f_code.co_name
-        if module.startswith(ENGINES) or function == "get_parameter":
+        # A layer's repr asks whether it has a bias
+        if module.startswith(ENGINES) or function in ("get_parameter", "extra_repr"):
             return table
         entry = self.conditions.select(table)
         # The forward of a layer around this one, as of torch's own encoders, only reads

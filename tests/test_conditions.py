@@ -238,6 +238,7 @@ def test_each_starts_with_the_statistics_of_the_dense_model(name, share):
 
 def test_without_a_condition_nothing_is_computed(capsys):
     _, hyper, x = made("small")
+    assert "16, 32, kernel_size" in repr(hyper.body)
     for call in (lambda: hyper(x), lambda: to_dense(hyper), lambda: hyper.stem.weight):
         with pytest.raises(ConditionError, match="none was given"):
             call()
@@ -593,6 +594,21 @@ def test_files_hold_all_networks_and_give_one(name, dtype, tmp_path):
         load(model, written.path, condition=3)
 
 
+def test_a_file_and_a_folder_name_the_model_of_timm(tmp_path):
+    _, hyper, x = made("timm", private="fc")
+    written = save(hyper, tmp_path / "all.safetensors")
+    assert written.recorded == "test_resnet"
+    hz.save_pretrained(hyper, tmp_path / "folder")
+    again = (hz.load_timm(written.path), hz.from_pretrained(tmp_path / "folder"))
+    for model in again:
+        for k, y in enumerate(outputs(hyper, x)):
+            with condition(model.eval(), k):
+                assert torch.equal(model(x), y)
+    with pytest.raises(ConditionError, match="at_condition"):
+        hz.save_pretrained(hyper, tmp_path / "dense", dense=True)
+    assert not (tmp_path / "dense").exists()
+
+
 @pytest.mark.parametrize("name", ["small", "channels", "private", "lstm"])
 @pytest.mark.parametrize("dtype", [None, "int8"])
 def test_a_further_network_leaves_the_others_alone(name, dtype, tmp_path):
@@ -602,6 +618,10 @@ def test_a_further_network_leaves_the_others_alone(name, dtype, tmp_path):
     wanted = [y.detach() for y in outputs(hyper, x)]
     longer = add_condition(hyper, like=2)
     assert not any(p.requires_grad for p in longer.hypernet.parameters())
+    with condition(longer, 0):
+        longer(x).square().sum().backward()  # of a network that is to stay
+    assert not any(p.grad.any() for p in longer.parameters() if p.grad is not None)
+    longer.zero_grad()
     with condition(longer.eval(), 3):
         assert torch.equal(longer(x), wanted[2])
     optimizer = torch.optim.AdamW(param_groups(longer.train(), 0.1), 1e-2)
