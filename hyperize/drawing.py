@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hyperize.conditions import condition
 from hyperize.layers import Generated
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ NAME = 40
 
 NETWORKS = 24
 """Networks that are compared with each other, at most."""
+COMPARED = 2**20
+"""Weights of each that are looked at for it, about."""
 
 T = TypeVar("T")
 
@@ -142,21 +145,32 @@ def similarities(sources: Sequence[Source]) -> tuple[list[int], np.ndarray] | No
         sources: Generated weights that are there.
 
     Returns:
-        Numbers of networks, and the cosines of the angles between all their embeddings; None where
-        there are no two networks.
+        Numbers of networks, and the cosines of the angles between their weights, each divided by
+        its deviation, the smallest weights up to `COMPARED` numbers in all; None where there are no
+        two networks.
     """
-    tables = [
-        source.layer.embedding(source.param).detach()
-        for source in sources
-        if (held := source.layer.hypernet.conditions) is not None and held.networks > 1
-    ]
-    if not tables or len({len(table) for table in tables}) > 1:
+    held = [source for source in sources if _networks(source) > 1]
+    if not held or len({_networks(source) for source in held}) > 1:
         return None
-    numbers = spread(range(len(tables[0])), NETWORKS)
-    # (K, tiles, Nz) of each weight -> (K, numbers)
-    rows = torch.cat([table[numbers].flatten(1).float() for table in tables], 1)
-    rows = torch.nn.functional.normalize(rows, dim=1)
-    return numbers, (rows @ rows.t()).cpu().numpy()
+    numbers = spread(range(_networks(held[0])), NETWORKS)
+    held.sort(key=lambda source: math.prod(source.shape))
+    sums = np.cumsum([math.prod(source.shape) for source in held])
+    held = held[: max(1, int(np.searchsorted(sums, COMPARED, side="right")))]
+    rows = []
+    for k in numbers:
+        parts = []
+        for source in held:
+            with condition(source.layer, k):
+                weight = source.weight().float().flatten()
+            parts.append(weight / weight.std(correction=0).clamp_min(1e-12))
+        rows.append(torch.nn.functional.normalize(torch.cat(parts), dim=0))
+    networks = torch.stack(rows)
+    return numbers, (networks @ networks.t()).cpu().numpy()
+
+
+def _networks(source: Source) -> int:
+    conditions = source.layer.hypernet.conditions
+    return 0 if conditions is None else conditions.networks
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:

@@ -308,7 +308,7 @@ def _networks(numbers: Sequence[int], cosines: np.ndarray) -> str:
     )
     return (
         "<h2>Networks</h2>\n"
-        '<p class="soft">How alike they are: the cosine of the angle between the embeddings of two '
+        '<p class="soft">How alike they are: the cosine of the angle between the weights of two '
         "networks, 1 for equal ones, and near 0 for freshly drawn ones. What follows is of network "
         "0.</p>\n"
         '<div class="scroll" tabindex="0" role="region" aria-label="Table of networks">\n'
