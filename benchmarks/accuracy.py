@@ -1,9 +1,9 @@
 """Accuracy for a number of parameters, at the end of training: every method at its best rate.
 
-    python -m benchmarks.accuracy --data-dir data --subjects resnet20 wrn16-1 --epochs 26 --amp
-    python -m benchmarks.accuracy --data-dir data --subjects wrn40-1 --ratios paper 10 --jobs 5
+    python benchmarks/accuracy.py --data-dir data --subjects resnet20 wrn16-1 --epochs 26 --amp
+    python benchmarks/accuracy.py --data-dir data --subjects wrn40-1 --ratios paper 10 --jobs 5
         --device cuda --amp --epochs 26 --seeds 0 1 2
-    python -m benchmarks.accuracy --data-dir data --subjects resnet20 --ratios 5 --epochs 10 --amp
+    python benchmarks/accuracy.py --data-dir data --subjects resnet20 --ratios 5 --epochs 10 --amp
         --choose --methods tile tile:optimizer=muon,lr=0.02 tile:tile=1x256
 
 Networks are trained from scratch, on labels alone, with one cycle of the learning rate. For each
@@ -317,13 +317,14 @@ def draw(rows: Sequence[Row], subject: str, of: str, path: Path) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy",
         description=__doc__.splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     flag = parser.add_argument
     flag("--data-dir", type=Path, required=True, help="as of examples/train_cifar.py")
-    flag("--subjects", nargs="+", default=["resnet20"], choices=list(SUBJECTS), help="networks")
+    names = ", ".join(SUBJECTS)
+    known = list(SUBJECTS)
+    flag("--subjects", nargs="+", default=known[:1], choices=known, metavar="NET", help=names)
     flag("--methods", nargs="+", default=list(METHODS), metavar="M", help="name or name:a=1,b=2")
     flag("--ratios", nargs="+", type=ratio, default=["6", "10"], metavar="X", help="or paper")
     flag("--rates", nargs="+", type=float, default=[0.3, 1.0, 3.0], metavar="F", help="factors")
