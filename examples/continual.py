@@ -43,6 +43,8 @@ from hyperize import condition, hyperize, make_plan, param_groups, report
 
 TASKS = 5
 EPOCHS = {"mnist": 12, "cifar10": 4}
+BETAS = {"mnist": 0.01, "cifar10": 1.0}
+"""Of the penalty. With 0.01 split CIFAR-10 forgets 8 points."""
 
 
 @dataclass(frozen=True)
@@ -297,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     flag("--steps", type=positive, metavar="N", help="of a task, instead of epochs")
     flag("--batch-size", type=positive, default=128, metavar="N", help="(default: %(default)s)")
     flag("--lr", type=float, default=3e-3, help="peak of the rate (default: %(default)s)")
-    flag("--beta", type=float, default=0.01, help="of the penalty (default: %(default)s)")
+    flag("--beta", type=float, metavar="B", help=f"of the penalty (default: {BETAS})")
     flag("--compression", type=float, default=6.0, metavar="X", help="(default: %(default)s)")
     flag("--width", type=positive, metavar="N", help="units of a layer, or channels at first")
     flag("--seed", type=int, default=0, help="of starts and batches (default: %(default)s)")
@@ -306,6 +308,7 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     flag("--plot", type=Path, metavar="F", help="draw the accuracies (extra plot)")
     args = parser.parse_args(argv)
     args.epochs = args.epochs or EPOCHS[args.dataset]
+    args.beta = BETAS[args.dataset] if args.beta is None else args.beta
     args.width = args.width or (400 if args.dataset == "mnist" else 32)
     try:
         if args.dataset == "mnist":
