@@ -183,23 +183,28 @@ class _Chunk:
         grad, conditions = torch.is_grad_enabled(), layer.hypernet.conditions
         if conditions is not None and conditions.now.each:
             return None
-        key = None if conditions is None else conditions.key()
-        mode = grad, torch.is_inference_mode_enabled(), dtype, z.requires_grad, key
+        condition = None if conditions is None else conditions.key()
+        # Weights are kept for each numbered condition, and for the last one that was a tensor
+        number = condition if isinstance(condition, int) else None
+        mode = grad, torch.is_inference_mode_enabled(), dtype, z.requires_grad, number
         made = self._made.get(mode)
-        if made is None or not made.is_current(layer, name, z):
+        if made is None or made.condition != condition or not made.is_current(layer, name, z):
             members = [member for member in self.members if _alike(member, z)]
             if forward_ad._current_level >= 0 or not any(other is layer for other, _ in members):
                 return None
             # Ordinary tensors in any mode, as parameters are
             with torch.inference_mode(False), torch.set_grad_enabled(grad):
-                made = self._made[mode] = _Made(members, dtype)
+                made = self._made[mode] = _Made(members, dtype, condition)
         return made.read(layer, name, x)
 
 
 class _Made:
     """Weights that were made together, with what they were made of."""
 
-    def __init__(self, members: Sequence[_Member], dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, members: Sequence[_Member], dtype: torch.dtype | None, condition: Any
+    ) -> None:
+        self.condition = condition
         first = members[0][0]
         embeddings = [layer.embedding(name) for layer, name in members]
         tables = [layer.all_constants(name) for layer, name in members]

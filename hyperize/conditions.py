@@ -40,12 +40,14 @@ class Active:
         each: Whether there is one for each sample.
         backward: Number of the backward pass that it was entered in, or -1.
         regions: The checkpointed regions that it was entered in.
+        number: Of the one row, where a user has given an integer, which nobody changes.
     """
 
     rows: Tensor
     each: bool
     backward: int
     regions: tuple[Any, ...]
+    number: int | None
 
 
 class _Local(threading.local):
@@ -130,10 +132,10 @@ class Conditions:
         result: Tensor = chosen if now.each else chosen.squeeze(0)
         return result
 
-    def key(self) -> tuple[int, int]:
-        """What changes with the condition that holds."""
-        rows = self.now.rows
-        return id(rows), rows._version
+    def key(self) -> int | tuple[Active, int]:
+        """What changes with the condition that holds: its number, or who holds it and a version."""
+        now = self.now
+        return (now, now.rows._version) if now.number is None else now.number
 
     def read(self, given: Any, device: torch.device) -> Active:
         """A condition as a user gives it.
@@ -147,7 +149,13 @@ class Conditions:
         rows = rows if each else rows[None]
         if self.length:
             rows = torch.cat([rows.new_ones(len(rows), 1), rows], 1)  # (N, c) -> (N, 1 + c)
-        return Active(rows, each, torch._C._current_graph_task_id(), tuple(_regions()))
+        return Active(
+            rows=rows,
+            each=each,
+            backward=torch._C._current_graph_task_id(),
+            regions=tuple(_regions()),
+            number=given if isinstance(given, int) else None,
+        )
 
     def _numbers(self, given: Any) -> Tensor:
         rule = (

@@ -22,6 +22,7 @@ from hyperize import (
     add_condition,
     at_condition,
     cached,
+    caching,
     condition,
     dense_state_dict,
     fit_,
@@ -537,6 +538,36 @@ def test_kept_weights_are_those_of_the_condition(name):
     for k, y in enumerate(outputs(hyper, x)):
         assert close(again[k], y)
         assert not close(y, wanted[k], 1e-2)
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_kept_weights_are_not_taken_for_those_of_a_later_block(vector):
+    """Objects of blocks that are over leave their addresses to those of later ones."""
+    options = {"conditions": None, "condition_dim": 2} if vector else {}
+    _, hyper, x = made("small", **options)
+    given = [torch.randn(2) for _ in range(K)] if vector else [0, torch.tensor(1), 2]
+    wanted = []
+    for k in given:
+        with condition(hyper, k), torch.no_grad():
+            wanted.append(hyper(x))
+    with cached(hyper), torch.no_grad():
+        for turn in range(30):
+            at = turn % K
+            with condition(hyper, given[at].clone() if vector or at == 1 else given[at]):
+                assert close(hyper(x), wanted[at])
+        (cache,) = caching._open.caches
+        kept = {id(made) for chunk in cache._chunks.values() for made in chunk._made.values()}
+        assert len(kept) <= K * len(set(map(id, cache._chunks.values())))
+
+
+def test_a_tensor_that_is_changed_inside_of_a_block_counts_as_it_is():
+    _, hyper, x = made("small")
+    wanted = outputs(hyper, x)
+    k = torch.tensor(0)
+    with cached(hyper), condition(hyper, k):
+        for number in (0, 2, 1, 2):
+            k.fill_(number)
+            assert close(hyper(x), wanted[number])
 
 
 @pytest.mark.parametrize("name", ["small", "channels", "used twice", "lstm"])
