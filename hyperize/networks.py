@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from hyperize.config import ConditionError
 from hyperize.hypernet import HyperNet
 from hyperize.layers import CONSTANTS, Generated, generated_class
 from hyperize.parts import find_groups, generated_layers, private_layers
-from hyperize.plan import Plan
+from hyperize.plan import Plan, PlannedSite
 from hyperize.private import make_dense
 from hyperize.rewrite import copied
 
@@ -56,7 +56,8 @@ def at_condition(hyper: nn.Module, k: Any) -> nn.Module:
         for name, row in chosen[path].items():
             _set(layer, name, row)
         layer.__class__ = generated_class(layer.dense_class, layer.generated)
-    _replan(alone, conditions=None, condition_dim=None, share=False, private=())
+    one = {"conditions": None, "condition_dim": None, "share": False, "private": ()}
+    _replan(alone, lambda hypernet: one)
     return alone
 
 
@@ -90,7 +91,7 @@ def add_condition(hyper: nn.Module, like: int = 0) -> nn.Module:
         longer = copied(hyper)
     longer.requires_grad_(False)
     for layer in generated_layers(longer).values():
-        for name, table, _ in list(_tables(layer)):
+        for name, table, _ in list(_tables(layer)) if layer.hypernet.conditions else ():
             _set(layer, name, _longer(table, like))
     for private in private_layers(longer).values():
         for name, table in list(_tensors(private)):
@@ -98,8 +99,7 @@ def add_condition(hyper: nn.Module, like: int = 0) -> nn.Module:
     for conditions in conditions_of(longer):
         conditions.networks += 1
         conditions.trains = torch.arange(conditions.networks) == conditions.networks - 1
-    networks = conditions_of(longer)[0].networks
-    _replan(longer, conditions=networks)
+    _replan(longer, lambda hypernet: {"conditions": hypernet.conditions.networks})
     return longer
 
 
@@ -146,20 +146,22 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     kept[name] = tensor
 
 
-def _replan(hyper: nn.Module, **changes: Any) -> None:
-    """Gives hypernetworks and layers plans of another number of networks."""
-    for hypernet in {m for m in hyper.modules() if isinstance(m, HyperNet)}:
-        hypernet.plan = _with(hypernet.plan, changes)
-        if not hypernet.plan.config.conditions:
-            hypernet.conditions = None
+def _replan(hyper: nn.Module, changes: Callable[[Any], dict[str, Any]]) -> None:
+    """Gives hypernetworks that have conditions, and their layers, plans with other requests."""
+    replanned = {m for m in hyper.modules() if isinstance(m, HyperNet) and m.conditions}
+    for hypernet in replanned:
+        plan, config = hypernet.plan, hypernet.plan.config.replace(**changes(hypernet))
+        private = plan.private if config.conditions else ()
+        hypernet.plan = replace(plan, config=config, private=private)
+        hypernet.plan = replace(hypernet.plan, sites=tuple(_placed(hypernet.plan, plan.sites)))
+        hypernet.conditions = hypernet.conditions if config.conditions else None
     for layer in generated_layers(hyper).values():
-        tiles = layer.hypernet.plan
-        heads = {head.kernel: head for head in tiles.heads}
-        layer.sites = {name: tiles.place(p.site, heads) for name, p in layer.sites.items()}
+        if layer.hypernet in replanned:
+            placed = _placed(layer.hypernet.plan, layer.sites.values())
+            layer.sites = dict(zip(layer.sites, placed, strict=True))
 
 
-def _with(plan: Plan, changes: dict[str, Any]) -> Plan:
-    plan = replace(plan, config=plan.config.replace(**changes))
+def _placed(plan: Plan, sites: Iterable[PlannedSite]) -> Iterator[PlannedSite]:
+    """Sites with their places in another plan."""
     heads = {head.kernel: head for head in plan.heads}
-    sites = tuple(plan.place(planned.site, heads) for planned in plan.sites)
-    return replace(plan, sites=sites, private=plan.private if plan.config.conditions else ())
+    return (plan.place(planned.site, heads) for planned in sites)

@@ -694,6 +694,32 @@ def test_one_network_alone_is_a_hyperized_model_like_any(name, tmp_path):
         at_condition(one, 0)
 
 
+def test_parts_with_and_without_conditions_live_in_one_model():
+    torch.manual_seed(0)
+    parts = [randomise(Small()).eval() for _ in range(3)]
+    model = nn.ModuleDict(
+        {
+            "two": hyperize(parts[0], conditions=2, compression=3, seed=0),
+            "three": hyperize(parts[1], conditions=3, compression=3, seed=0),
+            "one": hyperize(parts[2], compression=3, seed=0),
+        }
+    ).eval()
+    x = torch.randn(2, 3, 8, 8)
+    with condition(model, 1):
+        wanted = {name: part(x) for name, part in model.items()}
+    alone, longer = at_condition(model, 1), add_condition(model, like=1)
+    for name, part in alone.items():
+        assert torch.equal(part(x), wanted[name])
+        assert count(part) == part.hypernet.plan.total_hyper_params
+    for name, last in (("two", 2), ("three", 3)):
+        with condition(longer[name], last):
+            assert torch.equal(longer[name](x), wanted[name])
+        assert count(longer[name]) == longer[name].hypernet.plan.total_hyper_params
+    assert torch.equal(longer["one"](x), wanted["one"])
+    with pytest.raises(ConditionError, match="0 to 1"), condition(model, 2):
+        pass
+
+
 @pytest.mark.long
 def test_onnx_is_of_one_network(tmp_path):
     _, hyper, x = made("small")
