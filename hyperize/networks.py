@@ -50,8 +50,8 @@ def at_condition(hyper: nn.Module, k: Any) -> nn.Module:
             for path, layer in private_layers(hyper).items()
         }
     alone = copied(hyper)
-    for path, rows in own.items():
-        make_dense(private_layers(alone)[path], rows)
+    for path, private in private_layers(alone).items():
+        make_dense(private, own[path])
     for path, layer in generated_layers(alone).items():
         for name, row in chosen[path].items():
             _set(layer, name, row)
