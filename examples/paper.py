@@ -1,11 +1,11 @@
 """Training that survives a kill: what the experiments of the paper share.
 
 Imported by `mnist_paper.py` and `cifar_wrn_paper.py`, and in parts by other examples and by
-`benchmarks/accuracy.py`; not a program of its own. The dense network and its hypernetwork version are trained in turns on the
-same batches, each with its own optimizer, schedule and number of steps. After each epoch everything
-is written to `checkpoint.pt` in the output folder. Started again with the same flags, a run goes on
-from there, and ends, on the same machine, with the same weights as if it had never stopped: the
-batches of an epoch depend on the seed and the epoch's number alone.
+`benchmarks/accuracy.py`; not a program of its own. The dense network and its hypernetwork version
+are trained in turns on the same batches, each with its own optimizer, schedule and number of steps.
+After each epoch everything is written to `checkpoint.pt` in the output folder. Started again with
+the same flags, a run goes on from there, and ends, on the same machine, with the same weights as if
+it had never stopped: the batches of an epoch depend on the seed and the epoch's number alone.
 """
 
 from __future__ import annotations

@@ -334,10 +334,11 @@ def _teachers(groups: list[Group], given: Teacher | Sequence[Teacher]) -> list[T
             "the parts of this model have different numbers of networks; fit them one by one."
         )
     (count,) = networks
-    teachers = list(given) if isinstance(given, Sequence) else [given]
-    if isinstance(given, Sequence) != (count is not None) or len(teachers) != (count or 1):
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    teachers: list[Any] = [*given] if isinstance(given, Sequence) and several else [given]
+    if several != (count is not None) or len(teachers) != (count or 1):
         wanted = "one teacher" if count is None else f"a list of {count} teachers"
-        got = f"a list of {len(teachers)}" if isinstance(given, Sequence) else type(given).__name__
+        got = f"a list of {len(teachers)}" if several else type(given).__name__
         raise ModelError(f"this model is to be fitted to {wanted}; got {got}.")
     return teachers
 
