@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from hyperize.conditions import top_hooks
 from hyperize.products import is_transformed
 from hyperize.tiling import Grid
 
@@ -35,8 +36,7 @@ The gradients of weights that were made together are kept until the last of them
 products let the memory of the one be used for the next.
 """
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-TAKES_HOOKS = _top_hooks is not None
+TAKES_HOOKS = top_hooks is not None
 """Whether this torch exports models with hooks; those that hide the hooks on tensors do not."""
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
@@ -348,7 +348,7 @@ def _alike(member: _Member, z: Tensor) -> bool:
 
 
 def _surroundings() -> _Surroundings:
-    hooks = _checkpoints() if _top_hooks is None else _top_hooks(True)
+    hooks = _checkpoints() if top_hooks is None else top_hooks(True)
     return _Surroundings(hooks, torch._C._current_graph_task_id(), _dispatch_modes())
 
 

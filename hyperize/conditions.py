@@ -28,7 +28,7 @@ __all__ = ["condition"]
 
 _KEPT = "_hyperize_conditions"
 """Attribute of a checkpointed region: the conditions that held when it ran first."""
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ class Conditions:
     def _in_regions(self, now: Active | None) -> Active | None:
         """The condition with which the running checkpointed regions ran first, or else `now`."""
         backward = torch._C._current_graph_task_id()
-        if backward == -1 and torch.is_grad_enabled() and _top_hooks and _top_hooks(True) is None:
+        if backward == -1 and torch.is_grad_enabled() and top_hooks and top_hooks(True) is None:
             return now
         inner: list[dict[Conditions, Active]] = []
         for region in _regions():

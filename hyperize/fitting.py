@@ -23,7 +23,7 @@ from hyperize.config import BudgetError, ConfigError, HyperConfig, ModelError
 from hyperize.hypernet import HyperNet
 from hyperize.layers import CONSTANTS, Generated
 from hyperize.moments import Moments
-from hyperize.parts import Group, find_groups, generated_layers, private_layers
+from hyperize.parts import Group, find_groups, own_tables
 from hyperize.plan import Plan
 from hyperize.private import Private
 from hyperize.rewrite import to_dense
@@ -313,12 +313,10 @@ def _write(problems: list[Problem], own: list[_Own], hyper: nn.Module) -> None:
             _of_network(layer.embedding(site.param), group, k).copy_(problem.embedding(at))
             constants = layer.all_constants(site.param)
             _of_network(constants, group, k).copy_(problem.constants[at])
-    for k, tensors in enumerate(own):
-        for (path, name), tensor in tensors.items():
-            module = hyper.get_submodule(path)
-            table = (module._parameters | module._buffers)[name]
-            assert table is not None
-            table[k].copy_(tensor)
+    for path, _, name, table in own_tables(hyper):
+        for entry, tensors in zip(table, own, strict=True):
+            if (path, name) in tensors:
+                entry.copy_(tensors[path, name])
 
 
 def _teachers(groups: list[Group], given: Teacher | Sequence[Teacher]) -> list[Teacher]:
@@ -345,25 +343,19 @@ def _teachers(groups: list[Group], given: Teacher | Sequence[Teacher]) -> list[T
 
 def _own(hyper: nn.Module, state: Mapping[str, Tensor]) -> _Own:
     """What a teacher has where each network has its own."""
-    tables = [
-        *((path, layer, layer.private) for path, layer in generated_layers(hyper).items()),
-        *((p, m, (*m._parameters, *m._buffers)) for p, m in private_layers(hyper).items()),
-    ]
     found = {}
-    for path, module, names in tables:
-        for name in names:
-            table = (module._parameters | module._buffers).get(name)
-            if table is None or name in module._non_persistent_buffers_set:
-                continue
-            title = f"{path}.{name}" if path else name
-            tensor = state.get(title)
-            if not isinstance(tensor, Tensor) or tensor.shape != table.shape[1:]:
-                got = None if tensor is None else tuple(tensor.shape)
-                raise ModelError(
-                    f"each network has a {title} of the shape {tuple(table.shape[1:])}, a teacher "
-                    f"{got}; teachers must be of the architecture that was hyperized."
-                )
-            found[path, name] = tensor.detach()
+    for path, layer, name, table in own_tables(hyper):
+        if name in layer._non_persistent_buffers_set:
+            continue
+        title = f"{path}.{name}" if path else name
+        tensor = state.get(title)
+        if not isinstance(tensor, Tensor) or tensor.shape != table.shape[1:]:
+            got = None if tensor is None else tuple(tensor.shape)
+            raise ModelError(
+                f"each network has a {title} of the shape {tuple(table.shape[1:])}, a teacher "
+                f"{got}; teachers must be of the architecture that was hyperized."
+            )
+        found[path, name] = tensor.detach()
     return found
 
 

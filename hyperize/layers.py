@@ -571,6 +571,12 @@ def generate_params(
     module._after_generating()
 
 
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replaces a parameter or a buffer of a module, whatever its class says to assignments."""
+    kept: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
+    kept[name] = tensor
+
+
 def densify_params(module: Generated, weights: dict[str, Tensor]) -> None:
     """Turns a generated twin back into its dense class, in place; mirrors `generate_params`.
 
@@ -584,8 +590,7 @@ def densify_params(module: Generated, weights: dict[str, Tensor]) -> None:
     for name in module.generated:
         del module._buffers[name + CONSTANTS]
     for name, tensor in weights.items():
-        kept: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
-        kept[name] = tensor
+        put(module, name, tensor)
     for name in ("grids", "sites", "factoring"):
         del module.__dict__[name]
     module.__class__ = module.dense_class  # type: ignore[assignment]

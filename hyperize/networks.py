@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from hyperize.conditions import condition, conditions_of
 from hyperize.config import ConditionError
 from hyperize.hypernet import HyperNet
-from hyperize.layers import CONSTANTS, Generated, generated_class
+from hyperize.layers import CONSTANTS, Generated, generated_class, put
 from hyperize.parts import find_groups, generated_layers, private_layers
 from hyperize.plan import Plan, PlannedSite
 from hyperize.private import make_dense
-from hyperize.rewrite import copied
+from hyperize.rewrite import copied, entry_like
 
 __all__ = ["add_condition", "at_condition"]
 
@@ -42,11 +42,11 @@ def at_condition(hyper: nn.Module, k: Any) -> nn.Module:
         if any(conditions.now.each for conditions in conditions_of(hyper)):
             raise ConditionError("one network has one condition; got one for each of some samples.")
         chosen = {
-            path: {name: _like(table, row) for name, table, row in _rows(layer)}
+            path: {name: entry_like(table, row) for name, table, row in _rows(layer)}
             for path, layer in generated_layers(hyper).items()
         }
         own = {
-            path: {name: _like(t, layer.conditions.select(t)) for name, t in _tensors(layer)}
+            path: {name: entry_like(t, layer.conditions.select(t)) for name, t in _tensors(layer)}
             for path, layer in private_layers(hyper).items()
         }
     alone = copied(hyper)
@@ -54,7 +54,7 @@ def at_condition(hyper: nn.Module, k: Any) -> nn.Module:
         make_dense(private, own[path])
     for path, layer in generated_layers(alone).items():
         for name, row in chosen[path].items():
-            _set(layer, name, row)
+            put(layer, name, row)
         layer.__class__ = generated_class(layer.dense_class, layer.generated)
     one = {"conditions": None, "condition_dim": None, "share": False, "private": ()}
     _replan(alone, lambda hypernet: one)
@@ -92,10 +92,10 @@ def add_condition(hyper: nn.Module, like: int = 0) -> nn.Module:
     longer.requires_grad_(False)
     for layer in generated_layers(longer).values():
         for name, table, _ in list(_tables(layer)) if layer.hypernet.conditions else ():
-            _set(layer, name, _longer(table, like))
+            put(layer, name, _longer(table, like))
     for private in private_layers(longer).values():
         for name, table in list(_tensors(private)):
-            _set(private, name, _longer(table, like))
+            put(private, name, _longer(table, like))
     for conditions in conditions_of(longer):
         conditions.networks += 1
         conditions.trains = torch.arange(conditions.networks) == conditions.networks - 1
@@ -128,22 +128,9 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
 
 
-def _like(table: Tensor, row: Tensor) -> Tensor:
-    """A row as a parameter or a buffer, as the table is."""
-    row = row.detach().clone()
-    if isinstance(table, nn.Parameter):
-        return nn.Parameter(row, requires_grad=table.requires_grad)
-    return row
-
-
 def _longer(table: Tensor, like: int) -> Tensor:
     longer = torch.cat([table.detach(), table.detach()[like : like + 1]])
     return nn.Parameter(longer) if isinstance(table, nn.Parameter) else longer
-
-
-def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
-    kept: dict[str, Any] = module._buffers if name in module._buffers else module._parameters
-    kept[name] = tensor
 
 
 def _replan(hyper: nn.Module, changes: Callable[[Any], dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from hyperize.config import ModelError
 from hyperize.dynamic import HyperLSTM, HyperRNN
@@ -51,15 +51,23 @@ def private_layers(module: nn.Module) -> dict[str, Private]:
     return {path: m for path, m in module.named_modules() if isinstance(m, Private)}
 
 
+def own_tables(module: nn.Module) -> Iterator[tuple[str, Generated | Private, str, Tensor]]:
+    """What is not generated and each network has for itself: path, layer, name and table."""
+    for path, layer in module.named_modules():
+        if not isinstance(layer, (Generated, Private)):
+            continue
+        held = layer._parameters | layer._buffers
+        for name in layer.private if isinstance(layer, Generated) else held:
+            if (table := held[name]) is not None:
+                yield path, layer, name, table
+
+
 def tables(module: nn.Module) -> set[int]:
     """The ids of parameters that hold one entry for each of several conditions."""
-    found: set[int] = set()
-    for part in module.modules():
-        if isinstance(part, Private):
-            found.update(map(id, part.parameters(recurse=False)))
-        elif isinstance(part, Generated) and part.hypernet.conditions is not None:
-            names = (*part.generated, *part.private)
-            found.update(id(part._parameters[name]) for name in names if name in part._parameters)
+    found = {id(table) for *_, table in own_tables(module)}
+    for layer in generated_layers(module).values():
+        if layer.hypernet.conditions is not None:
+            found.update(id(layer.embedding(name)) for name in layer.generated)
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hyperize.conditions import Conditions, samplewise
 from hyperize.config import ConditionError
-from hyperize.layers import ENGINES
+from hyperize.layers import ENGINES, put
 from hyperize.reading import guarded
 
 __all__: list[str] = []
@@ -157,7 +157,6 @@ def make_dense(module: Private, rows: dict[str, Tensor]) -> None:
         rows: Its parameters and buffers from now on.
     """
     for name, row in rows.items():
-        kept: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-        kept[name] = row
+        put(module, name, row)
     del module.__dict__["conditions"]
     module.__class__ = module.dense_class  # type: ignore[assignment]

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from hyperize.conditions import each_network
 from hyperize.drawing import Bar, Source, bar_chart
 from hyperize.dynamic import HyperLSTM, HyperRNN
 from hyperize.layers import Generated
 from hyperize.page import page
-from hyperize.parts import Group, find_groups, generated_layers, private_layers
+from hyperize.parts import Group, find_groups, own_tables
 from hyperize.plan import Plan, PlannedSite
 from hyperize.sites import DynamicSite, Skip, Untargeted, tensor_bytes
 from hyperize.writing import replacing
@@ -397,7 +397,7 @@ def _of_model(model: nn.Module, groups: list[Group]) -> Report:
     hyper_bytes = tensor_bytes(model)
     plans = [group.plan for group in groups]
     networks = max(plan.networks for plan in plans)
-    private = [t for t in _private_tensors(model) if networks > 1]
+    private = [table for *_, table in own_tables(model)] if networks > 1 else []
     alone = sum(p.numel() for p in private if isinstance(p, nn.Parameter)) // networks
     others -= (networks - 1) * alone  # of one network
     repeated = sum(t.numel() * t.element_size() for t in private) // networks
@@ -423,15 +423,6 @@ def _of_model(model: nn.Module, groups: list[Group]) -> Report:
         shared_params=others - alone,
         sources=tuple(sources),
     )
-
-
-def _private_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tables of what is not generated and each network has for itself."""
-    for layer in generated_layers(model).values():
-        own = layer._parameters | layer._buffers
-        yield from (table for n in layer.private if (table := own[n]) is not None)
-    for module in private_layers(model).values():
-        yield from (*module.parameters(recurse=False), *module.buffers(recurse=False))
 
 
 def _skipped(groups: list[Group]) -> Iterator[Skip]:

@@ -27,7 +27,7 @@ from hyperize.layers import (
     generate_params,
     generated_class,
 )
-from hyperize.parts import dynamic_layers, find_groups, generated_layers, private_layers
+from hyperize.parts import dynamic_layers, find_groups, generated_layers, own_tables
 from hyperize.plan import Plan
 from hyperize.private import Private, make_dense, make_private, repeat
 from hyperize.search import make_plan
@@ -251,27 +251,19 @@ def _dense_weights(hyper: nn.Module, selected: Iterable[str]) -> _Weights:
     weights: _Weights = {}
     with torch.no_grad(), as_in_a_call(hyper):
         for path, layer in layers.items():
-            made = {name: _dense_parameter(layer, name, shapes) for name in layer.generated}
-            weights[path] = made | {name: _alone(layer, name) for name in layer.private}
-        for path, private in private_layers(hyper).items():
-            names = (*private._parameters, *private._buffers)
-            weights[path] = {n: _alone(private, n) for n in names if _held(private, n) is not None}
+            weights[path] = {n: _dense_parameter(layer, n, shapes) for n in layer.generated}
+        for path, owner, name, table in own_tables(hyper):
+            conditions = (owner if isinstance(owner, Private) else owner.hypernet).conditions
+            weights.setdefault(path, {})[name] = entry_like(table, conditions.select(table))
     return weights
 
 
-def _held(module: nn.Module, name: str) -> Tensor | None:
-    return (module._parameters | module._buffers).get(name)
-
-
-def _alone(module: Generated | Private, name: str) -> Tensor:
-    """A parameter or buffer of the network that is meant, of a layer with tables."""
-    table = _held(module, name)
-    assert table is not None
-    conditions = module.conditions if isinstance(module, Private) else module.hypernet.conditions
-    row = conditions.select(table).detach().clone()
+def entry_like(table: Tensor, entry: Tensor) -> Tensor:
+    """A copy of an entry of a table, as a parameter or a buffer, as the table is."""
+    entry = entry.detach().clone()
     if isinstance(table, nn.Parameter):
-        return nn.Parameter(row, requires_grad=table.requires_grad)
-    return row
+        return nn.Parameter(entry, requires_grad=table.requires_grad)
+    return entry
 
 
 def _densify(hyper: nn.Module, weights: _Weights) -> None:
