@@ -17,8 +17,8 @@ A ratio is that of the dense network's parameters to those that the others may h
 Nz = d = 64). Methods are those of `benchmarks/recipes.py`, and may have options, as in the third
 line above.
 
-Runs go side by side in `--jobs` processes. On a GPU each training step is one CUDA graph. Results
-are kept in the output folder, one JSON file each, and what is there is not run again; a run that
+So many runs as `--jobs` says go side by side: in a process each; on a GPU in one process, where each
+training step is one CUDA graph on a stream of its own. Results are kept in the output folder, one JSON file each, and what is there is not run again; a run that
 was interrupted goes on from its last epoch. At the end a table is printed, and drawn if matplotlib
 is there. Needs tensorly (extra `bench`).
 """
@@ -45,13 +45,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from cifar_wrn_paper import one_cycle
 from paper import (
+    Run,
     in_bfloat16,
     make_run,
     one_epoch,
     penalised,
     positive,
     resume,
-    steps_per_epoch,
     suspend,
 )
 from train_cifar import read
@@ -98,13 +98,21 @@ class Job:
     @property
     def name(self) -> str:
         """Of its files."""
-        digest = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:10]
         plain = "".join(c if c.isalnum() or c in "-." else "_" for c in self.method)
-        return f"{self.subject}-{self.ratio}x-{plain[:40]}-{self.seed}-{digest}"
+        return f"{self.subject}-{self.ratio}x-{plain[:40]}-{self.seed}-{digest(asdict(self))}"
+
+    @property
+    def batches(self) -> tuple[Any, ...]:
+        """What the batches depend on, and how often there are some."""
+        return self.seed, self.choose, self.epochs, self.batch_size, self.amp
 
     def __str__(self) -> str:
         size, held = (f" {self.ratio}x" if self.ratio else ""), (" held out" if self.choose else "")
         return f"{self.subject}{size} {self.method} rate {self.rate:g} seed {self.seed}{held}"
+
+
+def digest(of: Any) -> str:
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:10]
 
 
 @dataclass(frozen=True)
@@ -147,72 +155,88 @@ def halves(train: Images, test: Images, choose: bool) -> tuple[Images, Images]:
     return kept, Images(train.pixels[held], train.labels[held])
 
 
-def work(job: Job, args: argparse.Namespace, epochs: Any) -> dict[str, Any]:
-    """Trains, or goes on, and leaves the result in the output folder.
+def work(jobs: Sequence[Job], args: argparse.Namespace, epochs: Any) -> list[dict[str, Any]]:
+    """Trains, or goes on, and leaves the results in the output folder.
 
     Args:
-        job: What to train.
+        jobs: What to train; `Job.batches` is the same for all.
         args: The flags.
-        epochs: A queue that gets a word after each epoch.
+        epochs: A queue that gets a word for each job after each epoch.
     """
-    path, checkpoint = (args.out / f"{job.name}{suffix}" for suffix in (".json", ".pt"))
-    method, options = parse(job.method)
+    first, settings = jobs[0], [asdict(job) for job in jobs]
     train_set, test_set = (images.to(args.device) for images in read(args.data_dir))
-    trained, compared = halves(train_set, test_set, job.choose)
-    classes = int(trained.labels.max()) + 1
+    trained, compared = halves(train_set, test_set, first.choose)
+    per_epoch = max(1, len(trained.labels) // first.batch_size)  # the rest would be another graph
+    runs = [run_of(job, per_epoch, int(trained.labels.max()) + 1, args.device) for job in jobs]
+    checkpoint = args.out / f"{first.name if len(jobs) == 1 else digest(settings)}.pt"
+    start = resume(checkpoint, runs, {"jobs": settings}) if checkpoint.exists() else 0
+    loss, gpu = (in_bfloat16(penalised) if first.amp else penalised), args.device.startswith("cuda")
+    for epoch in range(start, first.epochs):
+        batches = one_epoch(trained, first.batch_size, first.seed, epoch, pad=4, flip=True)
+        train(runs, islice(batches, args.steps or per_epoch), loss, None, capture=gpu)
+        suspend(checkpoint, runs, {"jobs": settings}, epoch + 1)
+        epochs.put(len(jobs))
+    results = []
+    for job, run in zip(jobs, runs, strict=True):
+        with torch.no_grad():
+            accuracy = classified(run.model.eval(), compared)
+        result = {
+            "job": asdict(job),
+            "accuracy": accuracy,
+            "parameters": size(run.model),
+            "bytes": size_of(run.model, 32),
+            "step_ms": 1e3 * statistics.median(run.seconds[1:] or run.seconds) / len(jobs),
+            "device": torch.cuda.get_device_name() if gpu else "cpu",
+        }
+        with replacing(args.out / f"{job.name}.json") as part:
+            part.write_text(json.dumps(result))
+        results.append(result)
+    checkpoint.unlink()
+    return results
+
+
+def run_of(job: Job, per_epoch: int, classes: int, device: str) -> Run:
+    """A job's network at its start, with what trains it."""
+    method, options = parse(job.method)
     most = most_parameters(job.subject, job.ratio, classes)
-    model = method.build(SUBJECTS[job.subject], classes, most, job.seed, options)
-    model = model.to(args.device)
-    per_epoch = steps_per_epoch(trained, job.batch_size)
-    steps = job.epochs * per_epoch
-    recipe = method.recipe
-    optimizer = optimizer_of(model, recipe, args.device)
+    model = method.build(SUBJECTS[job.subject], classes, most, job.seed, options).to(device)
+    steps, recipe = job.epochs * per_epoch, method.recipe
     rate = one_cycle(recipe.lr * job.rate, steps)
     l2 = recipe.l2 if generated_layers(model) else 0.0
-    run = make_run(job.method, model, optimizer, rate, steps, l2)
-    start = resume(checkpoint, [run], asdict(job)) if checkpoint.exists() else 0
-    loss, gpu = (in_bfloat16(penalised) if job.amp else penalised), args.device.startswith("cuda")
-    for epoch in range(start, job.epochs):
-        batches = one_epoch(trained, job.batch_size, job.seed, epoch, pad=4, flip=True)
-        train([run], islice(batches, args.steps), loss, None, capture=gpu)
-        suspend(checkpoint, [run], asdict(job), epoch + 1)
-        epochs.put(1)
-    with torch.no_grad():
-        accuracy = classified(model.eval(), compared)
-    result = {
-        "job": asdict(job),
-        "accuracy": accuracy,
-        "parameters": size(model),
-        "bytes": size_of(model, 32),
-        "step_ms": 1e3 * statistics.median(run.seconds[1:] or run.seconds),
-        "device": torch.cuda.get_device_name() if gpu else "cpu",
-    }
-    with replacing(path) as part:
-        part.write_text(json.dumps(result))
-    checkpoint.unlink()
-    return result
+    return make_run(job.method, model, optimizer_of(model, recipe, device), rate, steps, l2)
 
 
 def all_done(jobs: Sequence[Job], args: argparse.Namespace) -> list[dict[str, Any]]:
     """The results of jobs, in their order; those that are not there yet are run, side by side."""
     paths = {job: args.out / f"{job.name}.json" for job in dict.fromkeys(jobs)}
     missing = [job for job, path in paths.items() if not path.exists()]
-    threads = max(1, torch.get_num_threads() // args.jobs)
+    gpu = args.device.startswith("cuda")
+    parts = together(missing, args.jobs if gpu else 1)
+    processes = 1 if gpu else args.jobs
+    threads = max(1, torch.get_num_threads() // processes)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     with context.Manager() as manager, progress_bar() as progress:
         epochs = manager.Queue()
         task = progress.add_task("epochs", total=sum(job.epochs for job in missing))
-        with ProcessPoolExecutor(args.jobs, context, start, (threads,)) as pool:
-            futures = {pool.submit(work, job, args, epochs): job for job in missing}
-            running = set(futures)
+        with ProcessPoolExecutor(processes, context, start, (threads,)) as pool:
+            running = {pool.submit(work, part, args, epochs) for part in parts}
             while running:
                 ended, running = wait(running, POLL, FIRST_COMPLETED)
                 while not epochs.empty():
                     progress.update(task, advance=epochs.get())
-                for future in ended:
-                    result = future.result()
-                    print(f"{futures[future]}: {result['accuracy']:.2%}", flush=True)
+                for result in (result for future in ended for result in future.result()):
+                    print(f"{Job(**result['job'])}: {result['accuracy']:.2%}", flush=True)
     return [json.loads(paths[job].read_text()) for job in jobs]
+
+
+def together(jobs: Sequence[Job], most: int) -> list[list[Job]]:
+    """Jobs that see the same batches, at most so many at a time, in their order."""
+    by_batches: dict[Any, list[Job]] = {}
+    for job in jobs:
+        by_batches.setdefault(job.batches, []).append(job)
+    return [
+        of[at : at + most] for of in by_batches.values() for at in range(0, len(of), most)
+    ]
 
 
 def start(threads: int) -> None:

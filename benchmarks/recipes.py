@@ -103,16 +103,21 @@ class Recipe:
         l2: Weight decay of ordinary kernels, and factor of the L2 penalty on generated ones. Of
             "muon", and of "adam" with `decoupled`, the former is decoupled (AdamW).
         decoupled: Whether it is.
+        decay: Decoupled decay of all matrices, the generator's and the embeddings too, in place of
+            `l2`; not with "sgd".
         embedding_lr: Factor on the learning rate of the embeddings.
         generator_lr: Factor on that of the generator.
+        adam_embeddings: Whether "muon" leaves the embeddings to Adam.
     """
 
     optimizer: str
     lr: float
     l2: float = 5e-4
     decoupled: bool = False
+    decay: float = 0.0
     embedding_lr: float = 1.0
     generator_lr: float = 1.0
+    adam_embeddings: bool = False
 
 
 Build = Callable[[Subject, int, int, int, Mapping[str, Any]], nn.Module]
@@ -229,24 +234,27 @@ def optimizer_of(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.O
     if recipe.optimizer == "muon":
         return Muon(groups, lr=1.0, nesterov=True, capturable=gpu)
     if recipe.optimizer == "adam":
-        adam = torch.optim.AdamW if recipe.decoupled else torch.optim.Adam
+        adam = torch.optim.AdamW if recipe.decoupled or recipe.decay else torch.optim.Adam
         return adam(groups, lr=1.0, fused=gpu, capturable=gpu)
     raise ValueError(f"there is no optimizer {recipe.optimizer!r}; there are sgd, adam and muon")
 
 
 def grouped(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The groups of `param_groups`, each divided by the factors on the learning rate."""
-    factors: dict[int, float] = {}
+    """The groups of `param_groups`, each divided by what the recipe has for its parameters."""
+    own: dict[int, dict[str, Any]] = {}
     for module in model.modules():
         if isinstance(module, HyperNet):
-            factors.update((id(param), recipe.generator_lr) for param in module.parameters())
+            own.update((id(param), {"lr": recipe.generator_lr}) for param in module.parameters())
         elif isinstance(module, Generated):
+            of_embeddings: dict[str, Any] = {"lr": recipe.embedding_lr}
+            if recipe.adam_embeddings:
+                of_embeddings["use_fallback"] = True
             embeddings = (module.embedding(name) for name in module.generated)
-            factors.update((id(param), recipe.embedding_lr) for param in embeddings)
-    divided = []
+            own.update((id(param), of_embeddings) for param in embeddings)
+    divided: dict[str, dict[str, Any]] = {}
     for group in param_groups(model, recipe.l2):
-        lrs = [factors.get(id(param), 1.0) for param in group["params"]]
-        for lr in sorted(set(lrs)):
-            of_lr = [p for p, own in zip(group["params"], lrs, strict=True) if own == lr]
-            divided.append({**group, "params": of_lr, "lr": lr})
-    return divided
+        for param in group.pop("params"):
+            decay = {"weight_decay": recipe.decay} if recipe.decay and param.ndim > 1 else {}
+            settings = {**group, "lr": 1.0, **own.get(id(param), {}), **decay}
+            divided.setdefault(str(settings), {**settings, "params": []})["params"].append(param)
+    return list(divided.values())

@@ -105,28 +105,38 @@ class CapturedStep:
             optimizer.step()
             return value.detach()
 
-        before = {id(t): t.clone() for t in _tensors(run)}
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is set up once must not be in the graph
+        before = {id(t): t.detach().clone() for t in _tensors(run)}  # with no graph, see below
+        # A stream of its own, so that the kernels of several runs fill the device together
+        self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):  # what is set up once must not be in the graph
             for _ in range(3):
                 work()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self.stream)
         with torch.no_grad():
             for tensor in _tensors(run):  # an optimizer's own begin with zeros
                 old = before.get(id(tensor))
                 tensor.zero_() if old is None else tensor.copy_(old)
         optimizer.zero_grad()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=self.stream):
             self.value = work()
 
     def __call__(self, batch: Sequence[Tensor]) -> Tensor:
-        """Takes a step; returns the loss, until the next one."""
-        for own, given in zip(self.batch, batch, strict=True):
-            own.copy_(given)
-        self.graph.replay()
+        """Begins a step on the graph's stream; returns the loss to be, until the next one.
+
+        The batch has to be kept until the loss is there.
+        """
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for own, given in zip(self.batch, batch, strict=True):
+                own.copy_(given)
+            self.graph.replay()
         return self.value
+
+    def wait(self) -> None:
+        """Lets what comes next on the current stream wait for the step."""
+        torch.cuda.current_stream().wait_stream(self.stream)
 
 
 def _tensors(run: Twin) -> list[Tensor]:
@@ -261,19 +271,21 @@ def train(
         batches: As many as steps are to be taken, at most.
         loss: From a run and the members of a batch to what is minimised.
         title: What the bar is called; None for no bar.
-        capture: Capture each run's step in a CUDA graph, as `CapturedStep` wants it.
+        capture: Capture each run's step in a CUDA graph, as `CapturedStep` wants it. The runs then
+            take their steps at the same time.
     """
     with progress_bar(title is not None) as progress:
         total, done = max((run.steps, run.schedule.last_epoch) for run in runs)
         task = progress.add_task(title or "", total=total, completed=done)
-        for batch in batches:
-            losses = [
-                f"{run.name} {_step(run, batch, loss, capture):.3f}"
-                for run in runs
-                if run.schedule.last_epoch < run.steps
-            ]
-            if not losses:
+        batches = iter(batches)
+        batch = next(batches, None)
+        while batch is not None:
+            active = [run for run in runs if run.schedule.last_epoch < run.steps]
+            if not active:
                 break
+            step = _captured_steps if capture else _steps
+            values, batch = step(active, batch, batches, loss)
+            losses = [f"{run.name} {v:.3f}" for run, v in zip(active, values, strict=True)]
             progress.update(task, advance=1, description=f"{title}: loss: {', '.join(losses)}")
 
 
@@ -289,22 +301,48 @@ def progress_bar(shown: bool = True) -> Progress:
     )
 
 
-def _step(run: AnyTwin, batch: Sequence[Any], loss: Callable[..., Tensor], capture: bool) -> float:
-    start = time.perf_counter()
-    if capture:
-        shapes = tuple(part.shape for part in batch)
-        if shapes not in run.captured:
-            run.captured[shapes] = CapturedStep(run, batch, loss)
-        value = run.captured[shapes](batch)
-    else:
+Batch = Sequence[Any]
+
+
+def _steps(
+    runs: Sequence[AnyTwin], batch: Batch, batches: Iterator[Batch], loss: Callable[..., Tensor]
+) -> tuple[list[float], Batch | None]:
+    """A step of each run, one after the other; their losses, and the next batch."""
+    reached = []
+    for run in runs:
+        start = time.perf_counter()
         run.optimizer.zero_grad()
         value = loss(run, *batch)
         value.backward()
         run.optimizer.step()
-    run.schedule.step()
-    reached = value.item()  # a GPU has been waited for then, so that the time is the step's
-    run.seconds.append(time.perf_counter() - start)
-    return reached
+        run.schedule.step()
+        reached.append(value.item())  # a GPU has been waited for, so that the time is the step's
+        run.seconds.append(time.perf_counter() - start)
+    return reached, next(batches, None)
+
+
+def _captured_steps(
+    runs: Sequence[AnyTwin], batch: Batch, batches: Iterator[Batch], loss: Callable[..., Tensor]
+) -> tuple[list[float], Batch | None]:
+    """A step of each run, all at the same time, while the next batch is made.
+
+    Each run's time is that of all of them.
+    """
+    shapes = tuple(part.shape for part in batch)
+    for run in runs:
+        if shapes not in run.captured:
+            run.captured[shapes] = CapturedStep(run, batch, loss)
+    steps = [run.captured[shapes] for run in runs]
+    start = time.perf_counter()
+    values = [step(batch) for step in steps]
+    following = next(batches, None)
+    for step, run in zip(steps, runs, strict=True):
+        step.wait()
+        run.schedule.step()
+    reached: list[float] = torch.stack(values).tolist()
+    for run in runs:
+        run.seconds.append(time.perf_counter() - start)
+    return reached, following
 
 
 @torch.no_grad()

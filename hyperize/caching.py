@@ -49,6 +49,7 @@ class Layer(Protocol):
         generated: Names of the generated parameters.
         apart: Whether all its parameters have to lie in one piece of memory of their own.
         beside: Names of the parameters that lie there behind the generated ones.
+        room: Numbers that lie there behind all parameters, and are not used.
         grids: How each generated parameter is cut.
         may_multiply: Whether it may compute with factors, so that its weight is not needed.
         lowered: Whether its forward uses the weight only in what autocast computes in its dtype.
@@ -65,6 +66,9 @@ class Layer(Protocol):
 
     @property
     def beside(self) -> tuple[str, ...]: ...
+
+    @property
+    def room(self) -> int: ...
 
     def embedding(self, name: str) -> nn.Parameter: ...
 
@@ -227,7 +231,8 @@ class _Made:
             self._shared += [(first._parameters, n, p, version_of(p)) for n, p in own]
             beside = [getattr(first, name) for name in first.beside]
             trains = weights[0].requires_grad
-            weights = [like_a_parameter(w, trains) for w in _in_one_buffer([*weights, *beside])]
+            buffer = _in_one_buffer([*weights, *beside], first.room)
+            weights = [like_a_parameter(w, trains) for w in buffer]
             keys += [(first, name) for name in first.beside]
             self._own |= {(first, name): self._own[members[0]] for name in first.beside}
         self._weights: dict[_Member, Tensor] = dict(zip(keys, weights, strict=True))
@@ -282,15 +287,16 @@ def pays(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def _in_one_buffer(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _in_one_buffer(tensors: Sequence[Tensor], room: int) -> list[Tensor]:
     """The tensors again, one behind the other in memory of their own, attached to the graph.
 
-    It is where cuDNN's recurrent kernels want all weights, followed by all biases. Where they lie
-    apart, torch warns and copies them in each call.
+    It is where cuDNN's recurrent kernels want all weights, followed by all biases, or by room for
+    them. Where they lie apart, torch warns and copies them in each call.
     """
-    buffer = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    parts = buffer.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    buffer = torch.cat([*flat, flat[0].new_zeros(room)])
+    parts = buffer.split([*(len(one) for one in flat), room])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=False)]
 
 
 def like_a_parameter(weight: Tensor, trains: bool) -> Tensor:

@@ -96,6 +96,8 @@ class Generated(nn.Module):
     """Whether all parameters have to lie in one buffer of their own."""
     beside: tuple[str, ...] = ()
     """The parameters that follow the generated ones there."""
+    room = 0
+    """Numbers that follow these, and are not used."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # type(layer)(...), by which adapters and converters make a layer of the same kind
@@ -400,6 +402,11 @@ class GeneratedRecurrent(Generated, nn.RNNBase):
     def beside(self) -> tuple[str, ...]:  # type: ignore[override]
         """The biases, which follow all weights."""
         return tuple(name for name in self._flat_weights_names if name.startswith("bias"))
+
+    @property
+    def room(self) -> int:  # type: ignore[override]
+        """Of biases, which cuDNN's memory has for layers without biases too."""
+        return 0 if self.bias else sum(grid.shape[0] for grid in self.grids.values())
 
     @property
     def apart(self) -> bool:  # type: ignore[override]
