@@ -18,20 +18,19 @@ import timm
 import torch
 from timm.models.resnet import BasicBlock
 from timm.models.resnet import ResNet as TimmResNet
-from timm.optim import Muon
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from cifar_wrn_paper import WideResNet
+from paper import muon
 from train_cifar import SIZES, ResNet
 
 from benchmarks.lowrank import Replace, cp, shrunk, size, svd, tucker
 from hyperize import HyperConfig, hyperize, param_groups
-from hyperize.hypernet import HyperNet
-from hyperize.layers import Generated
 from hyperize.parts import generated_layers
+from hyperize.training import EMBEDDING_LR, GENERATOR_LR
 
 WIDTHS = 0.99
 """Factor by which a thinner network's width is lowered until it is small enough."""
@@ -100,24 +99,19 @@ class Recipe:
         optimizer: "sgd" (Nesterov momentum 0.9), "adam", or "muon" (for matrices; Adam for the
             rest).
         lr: Middle of the learning rates to choose from.
-        l2: Weight decay of ordinary kernels, and factor of the L2 penalty on generated ones. Of
-            "muon", and of "adam" with `decoupled`, the former is decoupled (AdamW).
-        decoupled: Whether it is.
-        decay: Decoupled decay of all matrices, the generator's and the embeddings too, in place of
-            `l2`; not with "sgd".
-        embedding_lr: Factor on the learning rate of the embeddings.
-        generator_lr: Factor on that of the generator.
-        adam_embeddings: Whether "muon" leaves the embeddings to Adam.
+        decay: Weight decay of all matrices, those that generate weights too. Decoupled from the
+            gradients but for "sgd".
+        l2: With a decay of 0: L2 penalty on kernels, generated ones or not, for "sgd" and "adam".
+        embedding_lr: Factor on the learning rate of the embeddings; only with a decay.
+        generator_lr: Factor on that of the generator; only with a decay.
     """
 
     optimizer: str
     lr: float
-    l2: float = 5e-4
-    decoupled: bool = False
     decay: float = 0.0
+    l2: float = 0.0
     embedding_lr: float = 1.0
     generator_lr: float = 1.0
-    adam_embeddings: bool = False
 
 
 Build = Callable[[Subject, int, int, int, Mapping[str, Any]], nn.Module]
@@ -176,16 +170,17 @@ def lowrank(replace: Replace) -> Build:
     return build
 
 
-SGD, ADAM = Recipe("sgd", 0.1), Recipe("adam", 0.01)
+MUON = Recipe("muon", 0.04, decay=0.05)
+GENERATED = replace(MUON, lr=0.02, embedding_lr=EMBEDDING_LR, generator_lr=GENERATOR_LR)
 METHODS: dict[str, Method] = {
-    "dense": Method(dense, SGD),
-    "thin": Method(thin, SGD),
-    "svd": Method(lowrank(svd), SGD),
-    "tucker": Method(lowrank(tucker), SGD),
-    "cp": Method(lowrank(cp), SGD),
-    "paper": Method(paper, ADAM),
-    "tile": Method(ours, ADAM),
-    "channel": Method(channel, ADAM),
+    "dense": Method(dense, MUON),
+    "thin": Method(thin, MUON),
+    "svd": Method(lowrank(svd), MUON),
+    "tucker": Method(lowrank(tucker), MUON),
+    "cp": Method(lowrank(cp), MUON),
+    "paper": Method(paper, GENERATED),
+    "tile": Method(ours, GENERATED),
+    "channel": Method(channel, GENERATED),
 }
 FREE = ("dense", "paper")
 """Methods whose size is what it is."""
@@ -227,34 +222,28 @@ def _typed(text: str) -> Any:
 
 
 def optimizer_of(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.Optimizer:
-    """The recipe's optimizer, whose learning rates are the factors of its parameters' groups."""
-    gpu, groups = device.startswith("cuda"), grouped(model, recipe)
+    """The recipe's optimizer, whose learning rates are the factors of its parameters' groups.
+
+    Raises:
+        ValueError: There is no such optimizer, or the recipe contradicts itself.
+    """
+    gpu = device.startswith("cuda")
+    factors = {"embedding_lr": recipe.embedding_lr, "generator_lr": recipe.generator_lr}
+    if recipe.decay and recipe.l2:
+        raise ValueError(f"decay={recipe.decay} and l2={recipe.l2}: one of them must be 0")
+    if not recipe.decay and factors != {"embedding_lr": 1.0, "generator_lr": 1.0}:
+        raise ValueError(f"{factors} without a decay of the matrices; give decay=")
+    if recipe.l2 and recipe.optimizer == "muon":
+        raise ValueError(f"l2={recipe.l2}: muon has no L2 penalty; give decay=")
+    if recipe.decay:
+        groups = param_groups(model, recipe.decay, lr=1.0, **factors)
+    else:
+        groups = param_groups(model, recipe.l2)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True, fused=gpu)
     if recipe.optimizer == "muon":
-        return Muon(groups, lr=1.0, nesterov=True, capturable=gpu)
+        return muon(groups, gpu)
     if recipe.optimizer == "adam":
-        adam = torch.optim.AdamW if recipe.decoupled or recipe.decay else torch.optim.Adam
+        adam = torch.optim.AdamW if recipe.decay else torch.optim.Adam
         return adam(groups, lr=1.0, fused=gpu, capturable=gpu)
     raise ValueError(f"there is no optimizer {recipe.optimizer!r}; there are sgd, adam and muon")
-
-
-def grouped(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """The groups of `param_groups`, each divided by what the recipe has for its parameters."""
-    own: dict[int, dict[str, Any]] = {}
-    for module in model.modules():
-        if isinstance(module, HyperNet):
-            own.update((id(param), {"lr": recipe.generator_lr}) for param in module.parameters())
-        elif isinstance(module, Generated):
-            of_embeddings: dict[str, Any] = {"lr": recipe.embedding_lr}
-            if recipe.adam_embeddings:
-                of_embeddings["use_fallback"] = True
-            embeddings = (module.embedding(name) for name in module.generated)
-            own.update((id(param), of_embeddings) for param in embeddings)
-    divided: dict[str, dict[str, Any]] = {}
-    for group in param_groups(model, recipe.l2):
-        for param in group.pop("params"):
-            decay = {"weight_decay": recipe.decay} if recipe.decay and param.ndim > 1 else {}
-            settings = {**group, "lr": 1.0, **own.get(id(param), {}), **decay}
-            divided.setdefault(str(settings), {**settings, "params": []})["params"].append(param)
-    return list(divided.values())

@@ -15,7 +15,8 @@ dense, Nesterov SGD for 140,000 steps; hyper, Adam for 672,000 steps with learni
 .001, .0002 and .00005, a quarter of the way each. L2 regularisation acts on the generated kernels
 as it does on ordinary ones. The dense network's learning rates and the factor of the L2 are those
 of its own paper (WRN, arXiv 1605.07146): 0.1, times 0.2 after 30, 60 and 80 % of the way, 0.0005.
-With `--short` both have one cycle of the learning rate over a few epochs instead.
+With `--short` both have Muon, weight decay and one cycle of the learning rate over a few epochs
+instead, which is the recipe of docs/train.md.
 
 `--data-dir` is read as in `train_cifar.py`: torchvision's CIFAR10, or an ImageFolder. The output
 folder receives the hyper network, for `hyperize.load`, and a checkpoint per epoch: after a kill,
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from paper import Run, experiment, make_parser, make_run, positive, steps_per_epoch
+from paper import Run, experiment, make_parser, make_run, muon, positive, steps_per_epoch
 from torch import Tensor, nn
 from train_cifar import read
 from twins import Images, Result
@@ -45,9 +46,11 @@ STAIRS = {
     "hyper": ((0.25, 0.002), (0.5, 0.001), (0.75, 0.0002), (1.0, 0.00005)),
 }
 """Until which share of the training which learning rate holds."""
-PEAKS = {"dense": 0.1, "hyper": 0.01}
-"""Peak of the learning rate with `--short`."""
-SHORT_EPOCHS = 3
+PEAKS = {"dense": 0.04, "hyper": 0.02}
+"""Peak of Muon's learning rate with `--short`, where they were best of those tried."""
+SHORT_EPOCHS, SHORT_DECAY = 3, 0.05
+L2 = 0.0005
+"""Of the WRN paper."""
 
 
 class WideResNet(nn.Module):
@@ -144,16 +147,19 @@ def make_runs(models: dict[str, nn.Module], args: argparse.Namespace, train: Ima
     runs, gpu = [], args.device.startswith("cuda")
     for name, model in models.items():
         steps = given or STEPS[name]
-        groups = param_groups(model, args.l2)
         optimizer: torch.optim.Optimizer
+        if args.short:
+            optimizer = muon(param_groups(model, SHORT_DECAY, lr=1.0), gpu)
+            runs.append(make_run(name, model, optimizer, one_cycle(PEAKS[name], steps), steps))
+            continue
+        groups = param_groups(model, args.l2)
         if name == "dense":
             optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True, fused=gpu)
         else:
             # Adam's own decay is an L2 penalty too: kernels that are not generated have theirs here
             optimizer = torch.optim.Adam(groups, lr=1.0, fused=gpu, capturable=gpu)
-        rate = one_cycle(PEAKS[name], steps) if args.short else stairs(STAIRS[name], steps)
         l2 = args.l2 if name == "hyper" else 0.0
-        runs.append(make_run(name, model, optimizer, rate, steps, l2))
+        runs.append(make_run(name, model, optimizer, stairs(STAIRS[name], steps), steps, l2))
     return runs
 
 
@@ -174,13 +180,12 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     flag(
         "--l2",
         type=float,
-        default=0.0005,
-        help="decay of ordinary kernels, penalty on generated ones (default: %(default)s)",
+        help=f"decay of ordinary kernels, penalty on generated ones, not with --short ({L2})",
     )
     flag(
         "--short",
         action="store_true",
-        help=f"one cycle of the learning rate for both, over {SHORT_EPOCHS} epochs unless said",
+        help=f"Muon and one cycle of its rate for both, over {SHORT_EPOCHS} epochs unless said",
     )
     flag("--amp", action="store_true", help="compute in bfloat16")
     flag(
@@ -194,6 +199,9 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     )
     length.add_argument("--steps", type=positive, metavar="N", help="the same in training steps")
     args = parser.parse_args(argv)
+    if args.short and args.l2 is not None:
+        parser.error(f"--l2 {args.l2} is of the paper's training, and --short has another")
+    args.l2 = L2 if args.l2 is None else args.l2
     if args.graph and not args.device.startswith("cuda"):
         parser.error(f"--graph needs --device cuda, got --device {args.device}")
     try:

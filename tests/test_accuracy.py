@@ -1,7 +1,6 @@
 """The comparison of methods trained from scratch, on tiny images made here."""
 
 import argparse
-import dataclasses
 import importlib
 import json
 import queue
@@ -103,7 +102,10 @@ def test_rates_are_chosen_on_held_out_images_and_the_test_set_is_touched_once(
     assert written == [path.stat().st_mtime_ns for path in sorted(tmp_path.glob("*.json"))]
 
 
-@pytest.mark.parametrize("method", ["tile", "thin", "tile:optimizer=muon,lr=0.02"])
+@pytest.mark.parametrize(
+    "method",
+    ["tile", "thin", "tile:optimizer=adam,lr=0.01,decay=0,l2=0.0005,embedding_lr=1,generator_lr=1"],
+)
 def test_an_interrupted_training_ends_as_if_it_had_not_been(accuracy, method, data, tmp_path):
     class Killed(queue.Queue):
         def put(self, item):
@@ -115,10 +117,10 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(accuracy, method, da
         args = flags(data, tmp_path / name)
         if name == "killed":
             with pytest.raises(KeyboardInterrupt):
-                accuracy.work(job(accuracy, method=method), args, Killed())
+                accuracy.work([job(accuracy, method=method)], args, Killed())
             assert list(args.out.glob("*.pt"))
         steps = queue.Queue()
-        results.append(accuracy.work(job(accuracy, method=method), args, steps))
+        results += accuracy.work([job(accuracy, method=method)], args, steps)
         assert steps.qsize() == (2 if name == "whole" else 1)
         assert [path.suffix for path in args.out.iterdir()] == [".json"]
     for result in results:
@@ -154,16 +156,50 @@ def test_chains_of_full_rank_are_the_layers(lowrank, linear):
         lowrank.shrunk(model, ["0"], lowrank.svd, 3)
 
 
-def test_factors_on_the_rate_reach_their_parameters(recipes):
-    method, options = recipes.parse("tile:embedding_lr=4,generator_lr=0.5,l2=0.1")
+def test_trainings_in_one_process_are_those_of_each_alone(accuracy, data, tmp_path):
+    """As on a GPU, where runs on the same batches share a process."""
+    jobs = [
+        job(accuracy, method="tile"),
+        job(accuracy, method="thin"),
+        job(accuracy, method="tile", ratio="8"),
+    ]
+    apart = [job(accuracy, method="tile", seed=1), job(accuracy, method="tile", choose=True)]
+    assert accuracy.together([*jobs, *apart], 2) == [jobs[:2], jobs[2:], *([one] for one in apart)]
+    results = []
+    for name, parts in (("alone", [[one] for one in jobs]), ("together", [jobs])):
+        (tmp_path / name).mkdir()
+        args = flags(data, tmp_path / name)
+        results.append([one for of in parts for one in accuracy.work(of, args, queue.Queue())])
+    for result in (one for of in results for one in of):
+        del result["step_ms"]
+    assert results[0] == results[1]
+
+
+def test_what_a_recipe_says_reaches_its_parameters(recipes):
+    method, options = recipes.parse("tile:embedding_lr=4,generator_lr=0.25,decay=0.1")
     model = method.build(recipes.SUBJECTS["resnet20"], 10, 60_000, 0, options)
-    lr = {id(p): g["lr"] for g in recipes.grouped(model, method.recipe) for p in g["params"]}
+    groups = recipes.optimizer_of(model, method.recipe, "cpu").param_groups
+    lr = {id(p): g["lr"] for g in groups for p in g["params"]}
     assert len(lr) == len(list(model.parameters()))
-    assert {lr[id(p)] for p in model.hypernet.parameters()} == {0.5}
+    assert {lr[id(p)] for p in model.hypernet.parameters()} == {0.25}
     assert lr[id(model.layer1[0].conv1.embedding("weight"))] == 4
     assert lr[id(model.conv1.weight)] == lr[id(model.bn1.weight)] == 1
-    decays = {g["weight_decay"] for g in recipes.grouped(model, method.recipe)}
-    assert decays == {0.1, 0.0}
+    assert {g["weight_decay"] for g in groups} == {0.1, 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optimizer=lbfgs", "lbfgs"),
+        ("l2=0.1", "one of them must be 0"),
+        ("decay=0,l2=0.1,embedding_lr=1,generator_lr=1", "muon has no L2"),
+        ("decay=0,optimizer=adam", "give decay="),
+    ],
+)
+def test_a_recipe_that_contradicts_itself_is_refused(recipes, text, words):
+    method, _ = recipes.parse(f"tile:{text}")
+    with pytest.raises(ValueError, match=words):
+        recipes.optimizer_of(torch.nn.Linear(2, 2), method.recipe, "cpu")
 
 
 def test_what_cannot_be_read_is_refused(accuracy, recipes, data, capsys):
@@ -178,7 +214,3 @@ def test_what_cannot_be_read_is_refused(accuracy, recipes, data, capsys):
     with pytest.raises(SystemExit):
         accuracy.main(["--data-dir", "nowhere"])
     assert "nowhere" in capsys.readouterr().err
-    method, _ = recipes.parse("dense")
-    unknown = dataclasses.replace(method.recipe, optimizer="lbfgs")
-    with pytest.raises(ValueError, match="lbfgs"):
-        recipes.optimizer_of(torch.nn.Linear(2, 2), unknown, "cpu")

@@ -13,6 +13,7 @@ from torch import nn
 import hyperize
 from hyperize import HyperConfig
 from hyperize.parts import generated_layers
+from hyperize.training import EMBEDDING_LR, GENERATOR_LR
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -352,6 +353,19 @@ def test_shorter_runs_are_as_long_for_both(cifar, example, flags, steps):
     for name, run in (("dense", dense), ("hyper", hyper)):
         start = 0.04 * cifar.PEAKS[name] if short else cifar.STAIRS[name][0][1]
         assert run.optimizer.param_groups[0]["lr"] == pytest.approx(start)
+
+
+def test_the_short_recipe_is_muon_for_both(cifar, example, capsys):
+    dense, hyper = runs_of(cifar, example, ["--short", "--batch-size", "8"])
+    for run in (dense, hyper):
+        assert type(run.optimizer).__name__ == "Muon"
+        assert run.l2 == 0
+        assert {g["weight_decay"] for g in run.optimizer.param_groups} == {cifar.SHORT_DECAY, 0.0}
+    factors = {g["initial_lr"] for g in hyper.optimizer.param_groups}
+    assert factors == {1.0, EMBEDDING_LR, GENERATOR_LR}
+    with pytest.raises(SystemExit):
+        cifar.main(["--data-dir", "none", "--short", "--l2", "0.1"])
+    assert "--short has another" in capsys.readouterr().err
 
 
 def test_each_run_takes_its_own_number_of_steps(cifar, example, tmp_path, monkeypatch):
