@@ -1,7 +1,7 @@
 """When the weights of a model are generated together: in each call, or where the user says so.
 
-A hyperized model has two hooks. On an accelerator they open a cache (`hyperize.caching`) when the
-model is called, and close it when the call ends.
+A hyperized model has two hooks for that. On an accelerator they open a cache (`hyperize.caching`)
+when the model is called, and close it when the call ends. A third hook refuses dense state dicts.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from hyperize.caching import TAKES_HOOKS, Cache, close_innermost, pays
+from hyperize.config import ModelError
 from hyperize.hypernet import HyperNet
-from hyperize.layers import HYPERNET, Generated
+from hyperize.layers import CONSTANTS, HYPERNET, Generated
 from hyperize.parts import find_groups, generated_layers
 
 __all__ = ["cached"]
@@ -65,8 +66,11 @@ def as_in_a_call(hyper: nn.Module) -> AbstractContextManager[Any]:
 def install(model: nn.Module) -> None:
     """Adds the hooks to a model that refers to its hypernetwork; once.
 
-    Not with torch 2.6, whose strict export does not take a model with hooks. `cached` works there.
+    Those of calls not with torch 2.6, whose strict export does not take a model with such hooks.
+    `cached` works there.
     """
+    if not _load_hooks(model):
+        model.register_load_state_dict_pre_hook(_refuse_dense)
     if TAKES_HOOKS and _open_call not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_open_call)
         model.register_forward_hook(_close_call, always_call=True)
@@ -81,6 +85,28 @@ def uninstall(model: nn.Module) -> None:
         for number in [number for number, hook in hooks.items() if hook is ours]:
             del hooks[number]
             model._forward_hooks_always_called.pop(number, None)
+    for number in _load_hooks(model):
+        del model._load_state_dict_pre_hooks[number]
+
+
+def _load_hooks(model: nn.Module) -> list[int]:
+    """The numbers of our hooks among those that run before a state dict is loaded."""
+    hooks = model._load_state_dict_pre_hooks
+    return [number for number in hooks if getattr(hooks[number], "hook", None) is _refuse_dense]
+
+
+def _refuse_dense(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Says what to do with the state dict of a dense model, before anything is loaded."""
+    for path, layer in generated_layers(model).items():
+        for name, grid in layer.grids.items():
+            key = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
+            given = state.get(key)
+            if key + CONSTANTS not in state and getattr(given, "shape", None) == grid.shape:
+                raise ModelError(
+                    f"the state dict is of a dense model: {key}, of shape {grid.shape}, is "
+                    "generated here. fit_(hyper, state_dict) fits the generator to it; "
+                    "load_state_dict takes the state dict of a hyperized model."
+                )
 
 
 def _open_call(model: nn.Module, args: tuple[Any, ...]) -> None:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from difflib import SequenceMatcher
+from typing import TYPE_CHECKING, Any, Literal
+
+from typing_extensions import TypedDict, Unpack
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "BudgetError",
@@ -21,6 +27,8 @@ __all__ = [
 
 EMBEDDINGS = {"tile", "channel"}
 """Values of `HyperConfig.embeddings`; `hyperize.families.register_family` adds to them."""
+KINDS: dict[type, str] = {}
+"""The kind of each class of layers that is known, as `hyperize.layers.register_layer` fills it."""
 
 Tile = tuple[int, int]
 """Channels of one tile along axis 0 and axis 1 of the weight; (out, in) for Conv2d and LSTM."""
@@ -54,7 +62,46 @@ class WeightError(HyperizeError):
     """Something tried to change a generated weight, which is made anew whenever it is read."""
 
 
-@dataclass(frozen=True)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name, with the most similar ones, if any are."""
+    ratios = {one: SequenceMatcher(None, name.lower(), one.lower()).ratio() for one in known}
+    least = max(0.6, max(ratios.values(), default=0) - 0.1)
+    near = sorted((one for one in ratios if ratios[one] >= least), key=lambda one: -ratios[one])[:3]
+    if not near:
+        return "."
+    *others, last = map(repr, near)
+    return f"; did you mean {', '.join(others)}{' or ' if others else ''}{last}?"
+
+
+class _Default(float):
+    """The request of who makes none, which another request may take the place of."""
+
+
+class Overrides(TypedDict, total=False):
+    """The fields of a `HyperConfig` as keyword arguments, in the types that they may be given."""
+
+    compression: float | None
+    max_params: int | None
+    targets: str | type[nn.Module] | Sequence[str | type[nn.Module]]
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    embeddings: str
+    embedding_dim: int | None
+    hidden_dim: int | None
+    tile: Sequence[int] | Mapping[str, Sequence[int]] | None
+    trunk_axis: Literal[0, 1]
+    lstm: str | Mapping[str, str]
+    lstm_options: Mapping[str, Any]
+    conditions: int | None
+    condition_dim: int | None
+    share: bool
+    private: str | Sequence[str]
+    recompute: bool
+    factorized: bool
+    seed: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class HyperConfig:
     """The request that `make_plan` turns into integers.
 
@@ -62,9 +109,9 @@ class HyperConfig:
         compression: Weights of the rewritten parameters, divided by the parameters of the
             hypernetwork and all embeddings together, at least. Must be finite and above 1;
             `None` makes no request. Not enforced when `embedding_dim` is given.
-        max_params: Parameters of the WHOLE model after the rewrite, at most; replaces
-            `compression`.
-        targets: Kinds of layer to rewrite, as registered with `register_layer`.
+        max_params: Parameters of the WHOLE model after the rewrite, at most; in the place of
+            `compression`, which is None then.
+        targets: Kinds of layer to rewrite, as registered with `register_layer`, or their classes.
         include: Globs over module paths (`fnmatch` rules, `*` also crosses dots); only matching
             layers are rewritten.
         exclude: Globs over module paths; matching layers stay dense. Wins over `include`.
@@ -116,7 +163,7 @@ class HyperConfig:
         ConfigError: A value is out of its range or of the wrong type.
     """
 
-    compression: float | None = 10.0
+    compression: float | None = _Default(10)
     max_params: int | None = None
     targets: tuple[str, ...] = ("conv2d", "lstm")
     include: tuple[str, ...] = ("*",)
@@ -136,9 +183,16 @@ class HyperConfig:
     factorized: bool = False
     seed: int | None = None
 
+    if TYPE_CHECKING:  # the types of the fields are those after `__post_init__`
+
+        def __init__(self, **options: Unpack[Overrides]) -> None: ...
+
     def __post_init__(self) -> None:
-        for name in ("targets", "include", "exclude", "private"):
+        object.__setattr__(self, "targets", _kinds(self.targets))
+        for name in ("include", "exclude", "private"):
             object.__setattr__(self, name, _strings(name, getattr(self, name)))
+        if self.max_params is not None and isinstance(self.compression, _Default):
+            object.__setattr__(self, "compression", None)
         object.__setattr__(self, "tile", _tile(self.tile))
         object.__setattr__(self, "lstm", _forms(self.lstm))
         object.__setattr__(self, "lstm_options", _options(self.lstm_options))
@@ -146,6 +200,11 @@ class HyperConfig:
             value = getattr(self, name)
             if value is not None and not _positive(value):
                 raise ConfigError(f"{name} must be a positive integer or None, got {value!r}.")
+        if self.max_params is not None and self.compression is not None:
+            raise ConfigError(
+                f"compression={self.compression!r} and max_params={self.max_params!r} are two "
+                "requests for the same thing; pass one of the two."
+            )
         if self.conditions and self.condition_dim:
             raise ConfigError(
                 f"conditions={self.conditions} is for numbered networks, condition_dim="
@@ -219,7 +278,7 @@ class HyperConfig:
             )
 
     @classmethod
-    def paper(cls, **overrides: Any) -> HyperConfig:
+    def paper(cls, **overrides: Unpack[Overrides]) -> HyperConfig:
         """The CIFAR-10 setting of the paper (arXiv 1609.09106, sec. 4.2): 16x16 tiles, Nz = d = 64.
 
         Args:
@@ -233,18 +292,27 @@ class HyperConfig:
             "hidden_dim": 64,
             "trunk_axis": 1,
         }
-        return cls(**(preset | overrides))
+        return cls(**preset).replace(**overrides)
 
-    def replace(self, **overrides: Any) -> HyperConfig:
+    def replace(self, **overrides: Unpack[Overrides]) -> HyperConfig:
         """A copy with some fields changed.
+
+        Args:
+            **overrides: The fields; of `compression` and `max_params`, one takes the other's place.
 
         Raises:
             ConfigError: A name is not a field, or a value is invalid.
         """
         known = [f.name for f in fields(self)]
         if unknown := [name for name in overrides if name not in known]:
-            raise ConfigError(f"unknown option {unknown[0]!r}; the options are {', '.join(known)}.")
-        return replace(self, **overrides)
+            raise ConfigError(
+                f"unknown option {unknown[0]!r}{did_you_mean(unknown[0], known)} The options are "
+                f"{', '.join(known)}."
+            )
+        requests: dict[str, Any] = {"compression": None, "max_params": None}
+        given = any(overrides.get(name) is not None for name in requests)
+        changes: dict[str, Any] = {**(requests if given else {}), **overrides}
+        return replace(self, **changes)
 
     @property
     def networks(self) -> int:
@@ -303,8 +371,7 @@ class HyperConfig:
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"a config must be a mapping of fields, got {type(data).__name__}.")
-        base = cls()
-        return base.replace(**data)
+        return cls().replace(**data)
 
     @classmethod
     def from_json(cls, text: str) -> HyperConfig:
@@ -322,6 +389,21 @@ class HyperConfig:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _kinds(value: Any) -> tuple[str, ...]:
+    """`HyperConfig.targets` in canonical form: the kinds, by their names."""
+    values = value if isinstance(value, (list, tuple, set, frozenset)) else [value]
+    for item in values:
+        if isinstance(item, type) and item not in KINDS:
+            kind = next((KINDS[base] for base in item.__mro__ if base in KINDS), None)
+            base = f"; {kind!r} is the kind of its base class" if kind else ""
+            raise ConfigError(
+                f"targets names the class {item.__name__}, which is not registered{base}. "
+                "Register it with register_layer, or name layers by include=(...)."
+            )
+    names = [KINDS[item] if isinstance(item, type) else item for item in values]
+    return _strings("targets", {*names} if isinstance(value, (set, frozenset)) else names)
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:

@@ -17,13 +17,14 @@ from hyperize.config import ConfigError, ModelError
 from hyperize.hypernet import HyperNet
 from hyperize.layers import HYPERNET, Generated
 from hyperize.parts import find_groups
+from hyperize.sites import M
 
 __all__ = ["shard"]
 
 _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def shard(hyper: nn.Module, blocks: Iterable[nn.Module] | None = None, **options: Any) -> nn.Module:
+def shard(hyper: M, blocks: Iterable[nn.Module] | None = None, **options: Any) -> M:
     """Shards a hyperized model over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
     First the blocks, then the whole model, whose group holds the hypernetwork and the layers

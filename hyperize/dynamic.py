@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from hyperize.config import ConfigError
-from hyperize.kernels import takes_triton
 from hyperize.products import is_transformed
 from hyperize.recurrence import (
     FORGET,
@@ -31,6 +30,7 @@ from hyperize.recurrence import (
     hyper_rnn,
     plain,
     plain_rnn,
+    takes_triton,
 )
 
 __all__ = ["HyperLSTM", "HyperLSTMCell", "HyperRNN", "HyperRNNCell"]

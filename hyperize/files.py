@@ -31,9 +31,9 @@ from hyperize.parts import find_groups, generated_layers, tables
 from hyperize.plan import Plan
 from hyperize.rewrite import apply_plans, to_dense
 from hyperize.rounding import decode, encode, is_matrix, merged, pack, rows_of, unpack
-from hyperize.sites import structural_copy
+from hyperize.sites import M, structural_copy
 from hyperize.timm_models import describe
-from hyperize.writing import replacing
+from hyperize.writing import check_target, replacing
 
 __all__ = ["FileReport", "load", "read_header", "save", "write_dense"]
 
@@ -103,7 +103,7 @@ def save(
 
     Args:
         hyper: A hyperized model; not changed.
-        path: The file to write.
+        path: The file to write, which ends in .safetensors, in a folder that exists.
         dtype: `torch.float16` or `torch.bfloat16` to round the parameters for the file; or "int8"
             or "int4", which rounds matrices to multiples of a step for each row, and vectors to
             float16 (see `quantized`). Buffers are stored as they are. What is loaded has the
@@ -118,7 +118,7 @@ def save(
             dict holds something other than tensors.
         ConfigError: `dtype` is another one, or cannot hold the values; a parameter has a name that
             the file needs; `timm_args` do not make this model.
-        FileError: The file cannot be written.
+        FileError: The file ends in another way, or cannot be written.
     """
     plans = [group.plan for group in find_groups(hyper)]
     return write(hyper, plans, Path(path), dtype, *describe(hyper, plans, timm_args))
@@ -133,6 +133,7 @@ def write(
     reason: str,
 ) -> FileReport:
     """`save` with the plans, and with what `hyperize.timm_models.describe` has found."""
+    check_target(target, ".safetensors")
     state = _tensors(hyper)
     bits: dict[str, list[Any]] = {}
     if dtype in ("int8", "int4"):
@@ -161,7 +162,7 @@ def write(
     )
 
 
-def load(model: nn.Module, path: PathLike, *, condition: Any = None) -> nn.Module:
+def load(model: M, path: PathLike, *, condition: Any = None) -> M:
     """Reads a file that `save` wrote.
 
     Args:
@@ -197,17 +198,18 @@ def write_dense(
 
     Args:
         hyper: A hyperized model; not changed.
-        path: The file, replaced as a whole.
+        path: The file, which ends in .safetensors; replaced as a whole.
         dtype: As in `save`, but for bits, which other libraries cannot read.
         condition: As in `to_dense`.
 
     Raises:
         ModelError, ConfigError, FileError: As in `save`; or the model has dynamic layers.
     """
+    target = Path(path)
+    check_target(target, ".safetensors")
     dense = to_dense(hyper, condition=condition)
     state = _tensors(dense)
     stored, _ = _rounded(dense, state, dtype)
-    target = Path(path)
     with replacing(target) as part:
         save_file(stored, part, {"format": "pt"})
     return FileReport(
@@ -319,9 +321,7 @@ def read(path: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
 
 
-def assemble(
-    model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: PathLike
-) -> nn.Module:
+def assemble(model: M, header: dict[str, Any], state: dict[str, Tensor], path: PathLike) -> M:
     """The hyperized model of a dense one and a file's contents; `model` is not changed."""
     kept = [
         f"{prefix}.{name}" if prefix else name
@@ -352,9 +352,7 @@ def assemble(
     return hyper
 
 
-def check_fit(
-    model: nn.Module, header: dict[str, Any], state: dict[str, Tensor], path: PathLike
-) -> nn.Module:
+def check_fit(model: M, header: dict[str, Any], state: dict[str, Tensor], path: PathLike) -> M:
     """The hyperized model on meta, but for buffers outside the state dict.
 
     Raises:

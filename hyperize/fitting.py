@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
+from typing_extensions import Unpack
 
 from hyperize.conditions import conditions_of, each_network
-from hyperize.config import BudgetError, ConfigError, HyperConfig, ModelError
+from hyperize.config import BudgetError, ConfigError, HyperConfig, ModelError, Overrides
 from hyperize.hypernet import HyperNet
 from hyperize.layers import CONSTANTS, Generated
 from hyperize.moments import Moments
@@ -200,7 +201,7 @@ def fit_plan(
     config: HyperConfig | None = None,
     *,
     data: Iterable[Batch] | None = None,
-    **overrides: Any,
+    **overrides: Unpack[Overrides],
 ) -> Plan:
     """Plans a rewrite with the tiles that fit a model's own weights best under the request.
 

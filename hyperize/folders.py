@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,11 @@ from hyperize.files import (
 )
 from hyperize.parts import find_groups
 from hyperize.reporting import report
+from hyperize.sites import M
 from hyperize.timm_models import create, describe
-from hyperize.writing import replacing
+from hyperize.writing import CARD, CONFIG, WEIGHTS, replacing
 
 __all__ = ["from_pretrained", "load_timm", "save_pretrained"]
-
-CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-"""The files of a folder as on Hugging Face."""
 
 
 def load_timm(path: PathLike) -> nn.Module:
@@ -94,7 +92,8 @@ def save_pretrained(
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"the folder {place} cannot be made: {error}") from error
+        said = error.strerror or error
+        raise FileError(f"the folder {place} cannot be made: {said}") from error
     if dense:
         written = write_dense(hyper, place / WEIGHTS, dtype=dtype)
     else:
@@ -109,6 +108,14 @@ def save_pretrained(
         with replacing(place / name) as part:
             part.write_text(text, encoding="utf-8")
     return written
+
+
+@overload
+def from_pretrained(folder: PathLike, model: None = None) -> nn.Module: ...
+
+
+@overload
+def from_pretrained(folder: PathLike, model: M) -> M: ...
 
 
 def from_pretrained(folder: PathLike, model: nn.Module | None = None) -> nn.Module:

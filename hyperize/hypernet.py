@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hyperize.caching import like_a_parameter
 from hyperize.conditions import conditions_for
+from hyperize.config import ConfigError, did_you_mean
 from hyperize.factorized import expand
 from hyperize.families import Site
 from hyperize.plan import Plan
@@ -54,6 +55,10 @@ class Affine(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+_OPTIONS = ("recompute", "factorized")
+"""What may be set on a hypernetwork, under the names that `HyperConfig` has for it."""
 
 
 class HyperNet(nn.Module):
@@ -94,6 +99,17 @@ class HyperNet(nn.Module):
         self.heads = nn.ModuleDict(
             {head.kernel: Affine(self.fan_in, head.width, dtype, where) for head in plan.heads}
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OPTIONS and not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, got {value!r}.")
+        made = "heads" in self.__dict__.get("_modules", ())
+        if made and not (name.startswith("_") or hasattr(self, name)):
+            raise ConfigError(
+                f"a hypernetwork has no option {name!r}{did_you_mean(name, _OPTIONS)} Those that "
+                f"may be set are {' and '.join(_OPTIONS)}."
+            )
+        super().__setattr__(name, value)
 
     def head(self, kernel: str) -> tuple[Tensor, Tensor]:
         """Weight and bias of the head for a kernel size."""

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hyperize.caching import Cache, find, like_a_parameter, pays
 from hyperize.conditions import samplewise
-from hyperize.config import ConditionError, ConfigError, ModelError, WeightError
+from hyperize.config import KINDS, ConditionError, ConfigError, ModelError, WeightError
 from hyperize.factorized import Factoring, multiply
 from hyperize.reading import guarded
 from hyperize.tiling import Grid
@@ -533,6 +533,7 @@ def register_layer(spec: LayerSpec) -> LayerSpec:
     if spec.kind in registered_kinds():
         raise ConfigError(f"the kind {spec.kind!r} is taken; choose another name.")
     _SPECS[spec.layer] = spec
+    KINDS[spec.layer] = spec.kind
     return spec
 
 

@@ -17,11 +17,12 @@ from hyperize.parts import find_groups, generated_layers, private_layers
 from hyperize.plan import Plan, PlannedSite
 from hyperize.private import make_dense
 from hyperize.rewrite import copied, entry_like
+from hyperize.sites import M
 
 __all__ = ["add_condition", "at_condition"]
 
 
-def at_condition(hyper: nn.Module, k: Any) -> nn.Module:
+def at_condition(hyper: M, k: Any) -> M:
     """The hyperized model of one condition alone, which needs none to be called.
 
     For what works on one network: `report`, `as_graph`, `shard`, `save` of a single one.
@@ -61,7 +62,7 @@ def at_condition(hyper: nn.Module, k: Any) -> nn.Module:
     return alone
 
 
-def add_condition(hyper: nn.Module, like: int = 0) -> nn.Module:
+def add_condition(hyper: M, like: int = 0) -> M:
     """A model with one more network, which starts equal to another and alone is trained.
 
     The new network is the last one. Everything but its embeddings, norms and biases is frozen: the

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
 from torch.overrides import TorchFunctionMode
 
 from hyperize.conditions import conditions_of
-from hyperize.config import ConditionError, ConfigError, FileError, ModelError
+from hyperize.config import ConditionError, ConfigError, ModelError
 from hyperize.dynamic import HyperLSTM, HyperLSTMCell
 from hyperize.networks import at_condition
 from hyperize.parts import find_groups
 from hyperize.rewrite import to_dense
-from hyperize.writing import replacing
+from hyperize.writing import check_target, replacing
 
 __all__ = ["OnnxReport", "export_onnx"]
 
@@ -80,7 +79,7 @@ def export_onnx(
 
     Args:
         hyper: A hyperized model; not changed.
-        path: The file to write, in a folder that exists.
+        path: The file to write, which ends in .onnx, in a folder that exists.
         example_inputs: A tensor, or a tensor for each argument of the model's forward.
         dense: Export what `to_dense` makes, which has nothing of hyperize in it. Otherwise the file
             holds the generator and the embeddings, is smaller by the compression, and computes the
@@ -101,7 +100,7 @@ def export_onnx(
             parameters or more, which one file cannot hold; or the outputs do not agree.
         ConditionError: It has conditions, and none or another one is given.
         ConfigError: `example_inputs`, `dynamic`, `tolerance` or `opset` is not as described.
-        FileError: The file cannot be written.
+        FileError: The file ends in another way, or cannot be written.
         ImportError: onnx, onnxscript or onnxruntime is missing.
     """
     runtime, script = _onnx_packages()
@@ -112,8 +111,7 @@ def export_onnx(
     if not isinstance(opset, int) or isinstance(opset, bool):
         raise ConfigError(f"opset must be an integer as 18, got {opset!r}.")
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileError(f"{target} cannot be written: {target.parent} is not a folder.")
+    check_target(target, ".onnx")
     if condition is not None:
         hyper = at_condition(hyper, condition)
     elif isinstance(hyper, nn.Module) and conditions_of(hyper):
@@ -286,7 +284,7 @@ def _onnx_bytes(
 ) -> bytes:
     """The contents of an ONNX file; with `fold`, what depends on parameters only is computed."""
     names = ["output"] if outputs == 1 else [f"output_{at}" for at in range(outputs)]
-    dims = {name: Dim(name) for mapping in axes for name in mapping.values()}
+    dims = {name: torch.export.Dim(name) for mapping in axes for name in mapping.values()}
     shapes = tuple({axis: dims[name] for axis, name in mapping.items()} for mapping in axes)
     try:
         with _RecurrentLayers(), torch.no_grad(), warnings.catch_warnings():

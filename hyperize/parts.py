@@ -171,6 +171,21 @@ def _moved(path: str, here: str, there: str) -> str | None:
     return ".".join(part for part in (there, rest) if part)
 
 
+def difference(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """How a state dict differs from the one that a model has, in a few words; "" if it doesn't.
+
+    Args:
+        wanted: The model's own.
+        given: The other one.
+    """
+    missing = [name for name in wanted if name not in given]
+    unexpected = [name for name in given if name not in wanted]
+    both = [name for name in wanted if name in given]
+    others = [name for name in both if given[name].shape != wanted[name].shape]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", others))
+    return ", ".join(f"{len(names)} {kind} ({names[0]} first)" for kind, names in kinds if names)
+
+
 def dynamic_layers(hyper: nn.Module, groups: list[Group]) -> Iterator[str]:
     """The paths of the layers that are dynamic now, of those that the plans made so."""
     planned = {site.path for group in groups for site in group.plan.dynamic}

@@ -31,13 +31,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hyperize.kernels import (
-    BackwardSteps,
-    RNNBackwardSteps,
-    forward_steps,
-    rnn_forward_steps,
-    takes_triton,
-)
 from hyperize.products import by_onednn, is_transformed, laid_out, product, takes_onednn
 
 __all__: list[str] = []
@@ -83,6 +76,19 @@ WEIGHTS = (
 """The parameters of a HyperLSTMCell, in the operator's order."""
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def takes_triton(x: Tensor, *units: int) -> bool:
+    """Whether the kernels can run a cell of so many units on tensors like x.
+
+    They are imported only where there is a GPU, as Triton and what it imports take longer than
+    torch. The arguments are those of `hyperize.kernels.takes_triton`.
+    """
+    if x.device.type != "cuda":
+        return False
+    from hyperize.kernels import takes_triton
+
+    return takes_triton(x, *units)
 
 
 def autocasts(kind: str) -> bool:
@@ -224,6 +230,8 @@ def hyper_lstm(
     s, c = x.new_empty(steps + 1, n, h + k), x.new_empty(steps + 1, n, h + k)
     s[0], c[0] = s0, c0
     if takes_triton(x, h, k):
+        from hyperize.kernels import forward_steps
+
         forward_steps(u_xs, mask, weights, s, c, tape, save, EPS)
     else:
         _forward_steps(z, u_xs, mask, weights, s, c, tape, save)
@@ -400,7 +408,9 @@ def _hyper_lstm_backward(
     chunk = _Chunk(x, z, triton)
     s, c, *tape = outputs
     sums = _Sums(z, x, weights, s, tape[2], needs_x)
-    run_steps = BackwardSteps if triton else _BackwardSteps
+    run_steps: Any = _BackwardSteps
+    if triton:
+        from hyperize.kernels import BackwardSteps as run_steps
     steps = run_steps(grad_s, grad_c, mask, weights, c, tape)
     for end in range(z.steps, 0, -chunk.size):
         start = max(end - chunk.size, 0)
@@ -772,6 +782,8 @@ def hyper_rnn(x: Tensor, s0: Tensor, weights: list[Tensor], relu: bool, save: bo
     Returns:
         s (T + 1, N, H + K), and the tape.
     """
+    from hyperize.kernels import rnn_forward_steps
+
     z = _Sizes(x, weights)
     steps, n, h, k = z.steps, z.batch, z.hidden, z.hyper
     w_ih, u_ih, u_bias = weights[0], weights[3], weights[5]
@@ -857,6 +869,8 @@ def _hyper_rnn_backward(
     Returns:
         Those of x (empty if not needed), s0 and of each weight.
     """
+    from hyperize.kernels import RNNBackwardSteps
+
     z = _Sizes(x, weights)
     s, *tape = outputs
     chunk = _Chunk(x, z, True)

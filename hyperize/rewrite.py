@@ -13,10 +13,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from hyperize.calls import as_in_a_call, install, uninstall
 from hyperize.conditions import conditions_of, held
-from hyperize.config import ConfigError, HyperConfig, ModelError
+from hyperize.config import ConfigError, HyperConfig, ModelError, Overrides
 from hyperize.dynamic import HyperLSTM, HyperRNN, dynamic_twin
 from hyperize.factorized import Factoring
 from hyperize.hypernet import HyperNet, moments
@@ -32,6 +33,7 @@ from hyperize.plan import Plan
 from hyperize.private import Private, make_dense, make_private, repeat
 from hyperize.search import make_plan
 from hyperize.sites import (
+    M,
     check_patterns,
     fresh_hooks,
     is_plain,
@@ -44,12 +46,12 @@ __all__ = ["dense_state_dict", "hyperize", "to_dense"]
 
 
 def hyperize(
-    model: nn.Module,
+    model: M,
     config: HyperConfig | Plan | None = None,
     *,
     inplace: bool = False,
-    **overrides: Any,
-) -> nn.Module:
+    **overrides: Unpack[Overrides],
+) -> M:
     """Rewrites a model so that one shared hypernetwork generates its convolution and LSTM weights.
 
     The result has the model's class, tree and methods. In each target's place for a weight are
@@ -85,7 +87,7 @@ def hyperize(
     return apply_plan(model, plan, inplace=inplace)
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+def apply_plan(model: M, plan: Plan, *, inplace: bool = False) -> M:
     """Rewrites a model as planned; `hyperize` without the planning.
 
     Args:
@@ -127,7 +129,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     for site, twin in zip(plan.dynamic, twins, strict=True):
         twin.train(model.get_submodule(site.path).training)
         if site.path == "":
-            model = twin
+            model = cast(M, twin)  # the one case in which the class is another
         for path in (site.path, *site.aliases) if site.path else ():
             parent, _, name = path.rpartition(".")
             model.get_submodule(parent)._modules[name] = twin
@@ -137,7 +139,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Mod
     return model
 
 
-def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
+def apply_plans(model: M, plans: Sequence[Plan]) -> M:
     """Rewrites a copy of a model by several plans, one for each hypernetwork.
 
     Raises:
@@ -149,13 +151,13 @@ def apply_plans(model: nn.Module, plans: Sequence[Plan]) -> nn.Module:
 
 
 def to_dense(
-    hyper: nn.Module,
+    hyper: M,
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = (),
     condition: Any = None,
     inplace: bool = False,
-) -> nn.Module:
+) -> M:
     """The dense model with the weights that the hypernetwork generates now.
 
     With `include` or `exclude` only some layers become dense, to freeze, prune, quantize or adapt
@@ -182,7 +184,7 @@ def to_dense(
         ConditionError: The model has conditions and none is given, or none of them.
     """
     groups = find_groups(hyper)
-    chosen = HyperConfig(include=include, exclude=exclude)  # type: ignore[arg-type]
+    chosen = HyperConfig(include=include, exclude=exclude)
     dynamic = list(dynamic_layers(hyper, groups))
     targets = [*(path for group in groups for path in group.layers), *dynamic]
     for option in ("include", "exclude"):
@@ -477,7 +479,7 @@ def _widest(weights: list[nn.Parameter]) -> tuple[torch.dtype, torch.device]:
     return dtype, weights[0].device
 
 
-def copied(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
+def copied(model: M, shared: Iterable[Tensor] = ()) -> M:
     """A deep copy, except for tensors that the caller is about to replace."""
     try:
         return copy.deepcopy(model, fresh_hooks(model) | {id(tensor): tensor for tensor in shared})

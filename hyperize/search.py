@@ -10,12 +10,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from torch import nn
+from typing_extensions import Unpack
 
-from hyperize.config import BudgetError, ConfigError, HyperConfig
+from hyperize.config import BudgetError, ConfigError, HyperConfig, Overrides
 from hyperize.families import FAMILIES, Family, Geometry
 from hyperize.plan import Plan, PlannedSite
 from hyperize.sites import Found, Site, Skip, find_sites
@@ -27,7 +27,9 @@ FEW = 8
 """An embedding shorter than this is a sign that other tiles would serve the request better."""
 
 
-def make_plan(model: nn.Module, config: HyperConfig | None = None, **overrides: Any) -> Plan:
+def make_plan(
+    model: nn.Module, config: HyperConfig | None = None, **overrides: Unpack[Overrides]
+) -> Plan:
     """Plans the rewrite of a model, and raises every error that `hyperize` could.
 
     Args:
@@ -98,7 +100,7 @@ class _Budget:
     def __init__(self, config: HyperConfig, total_params: int) -> None:
         self.networks = config.networks
         self.max_params = config.max_params
-        self.compression = None if config.max_params else config.compression
+        self.compression = config.compression
         self.total_params = total_params
 
     @property
@@ -324,7 +326,7 @@ def _dynamic_plan(found: Found, config: HyperConfig) -> Plan:
             f"than the dense ones, {total:,} in the whole model instead of {found.total_params:,}."
         )
     notes = _dynamic_notes(found)
-    if config.max_params is None and config.compression is not None:
+    if config.compression is not None:
         notes.append(
             f"compression {config.compression:g} is asked of generated weights, of which there are "
             "none; it is not asked of dynamic layers"
@@ -401,7 +403,7 @@ def _tiled(found: Found, config: HyperConfig) -> Found:
     return replace(found, sites=kept, skips=(*found.skips, *skips))
 
 
-def requested(config: HyperConfig | None, overrides: Mapping[str, Any]) -> HyperConfig:
+def requested(config: HyperConfig | None, overrides: Overrides) -> HyperConfig:
     """The request that a config and fields in its place make."""
     if config is not None and not isinstance(config, HyperConfig):
         raise ConfigError(f"config must be a HyperConfig or None, got {type(config).__name__}.")

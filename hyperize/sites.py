@@ -13,22 +13,22 @@ import difflib
 import inspect
 import math
 import random
+import sys
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from timm.layers import get_notrace_functions, get_notrace_modules
 from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
-from hyperize.config import ConfigError, HyperConfig, ModelError
+from hyperize.config import ConfigError, HyperConfig, ModelError, did_you_mean
 from hyperize.dynamic import dynamic_twin
 from hyperize.layers import (
     CONSTANTS,
@@ -45,6 +45,9 @@ __all__: list[str] = []
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that can be generated."""
+
+M = TypeVar("M", bound=nn.Module)
+"""The class of a model, which a rewrite keeps."""
 
 _TRACING = threading.Lock()
 """Held while torch.fx patches nn.Module: two tracers at once could leave it patched."""
@@ -396,7 +399,7 @@ def wrapper_of(module: nn.Module) -> tuple[str, str] | None:
     return found if found and next(module.parameters(), None) is not None else None
 
 
-def structural_copy(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
+def structural_copy(model: M, tensor: Callable[[Tensor], Tensor]) -> M:
     """A deep copy of the modules and their Python state, with every tensor replaced by `tensor(t)`.
 
     Args:
@@ -430,10 +433,11 @@ class SiteTracer(fx.Tracer):
     """
 
     def __init__(self, root: nn.Module, targets: Iterable[nn.Module]) -> None:
-        functions = tuple(f for f in get_notrace_functions() if callable(f))
-        super().__init__(autowrap_functions=functions)
+        layers = sys.modules.get("timm.layers")  # if it is not there, the model is not timm's
+        functions = layers.get_notrace_functions() if layers else ()
+        super().__init__(autowrap_functions=tuple(f for f in functions if callable(f)))
         self._targets = {id(module) for module in targets}
-        self._opaque = tuple(get_notrace_modules())
+        self._opaque = tuple(layers.get_notrace_modules()) if layers else ()
         self._thread = threading.get_ident()
         self._holders: set[int] = set()  # ids of modules with a target somewhere below them
         for path, module in root.named_modules(remove_duplicate=False):
@@ -695,10 +699,9 @@ def _check_targets(config: HyperConfig) -> None:
     kinds = registered_kinds()
     for kind in config.targets:
         if kind not in kinds:
-            near = difflib.get_close_matches(kind, kinds)
-            hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
-                f"unknown target {kind!r}; {hint}The registered kinds are {', '.join(kinds)}."
+                f"unknown target {kind!r}{did_you_mean(kind, kinds)} The registered kinds are "
+                f"{', '.join(kinds)}."
             )
 
 

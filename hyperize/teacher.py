@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
-from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -142,8 +142,9 @@ def _vectors(layer: nn.Module, args: Any, kwargs: Any, share: float) -> Iterator
         yield "weight", _thinned(x, share).transpose(0, 1), True
     elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         x = _batched(inputs[0], layer)
-        if isinstance(layer, Conv2dSame):  # pads in its forward
-            x = pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
+        timm = sys.modules.get("timm.layers")  # if it is not there, the layer is not timm's
+        if timm and isinstance(layer, timm.Conv2dSame):  # pads in its forward
+            x = timm.pad_same(x, layer.kernel_size, layer.stride, layer.dilation)
         yield "weight", _patches(x, layer, share), False
     elif isinstance(layer, nn.Linear):
         yield "weight", _rows(inputs[0], share), False

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -41,6 +40,8 @@ def create(config: Mapping[str, Any]) -> nn.Module:
     Raises:
         FileError: It asks for something else than a model of timm's registry and plain arguments.
     """
+    import timm  # takes longer to import than torch
+
     name = config["architecture"]
     if not isinstance(name, str) or not re.fullmatch(r"\w+", name) or not timm.is_model(name):
         raise FileError(f"{name!r} is not the name of a model that this version of timm has.")

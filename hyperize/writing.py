@@ -1,4 +1,4 @@
-"""Writing a file so that there is never a part of it."""
+"""Writing a file so that there is never a part of it, under a name that says what is in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,39 @@ from safetensors import SafetensorError
 
 from hyperize.config import FileError
 
-__all__ = ["replacing"]
+__all__ = ["check_ending", "check_target", "replacing"]
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+"""The files of a folder as on Hugging Face."""
+
+
+def check_ending(path: str | os.PathLike[str], *endings: str) -> None:
+    """Refuses a name that does not say what will be in the file.
+
+    Args:
+        path: The file to write.
+        *endings: Those that its contents may have, as ".safetensors".
+
+    Raises:
+        FileError: It ends in another way.
+    """
+    if Path(path).suffix.lower() not in endings:
+        raise FileError(f"{path} must end in {' or '.join(endings)}, which is what it will hold.")
+
+
+def check_target(path: str | os.PathLike[str], *endings: str) -> None:
+    """Looks at a file to write before there is work for it.
+
+    Args:
+        path: The file.
+        *endings: As in `check_ending`.
+
+    Raises:
+        FileError: It ends in another way, or its folder is missing.
+    """
+    check_ending(path, *endings)
+    if not (folder := Path(path).parent).is_dir():
+        raise FileError(f"{path} cannot be written: {folder} is not a folder.")
 
 
 @contextmanager
@@ -35,7 +67,8 @@ def replacing(target: Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(part, target)
     except (OSError, SafetensorError) as error:
-        raise FileError(f"{target} cannot be written: {error}") from error
+        said = getattr(error, "strerror", None) or str(error).replace(str(part), str(target))
+        raise FileError(f"{target} cannot be written: {said}") from error
     finally:
         with suppress(OSError):  # it was moved, or never made; what failed is raised already
             part.unlink()

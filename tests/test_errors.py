@@ -452,8 +452,63 @@ def test_assignment_to_a_generated_weight():
 def test_dense_weights_do_not_load_into_a_hyper_model():
     model = Stage()
     hyper = hyperize(model, compression=2)
-    with pytest.raises(RuntimeError, match=r"conv1\.weight"):
-        hyper.load_state_dict(model.state_dict())
+    for whole, state in (
+        (hyper, model.state_dict()),
+        (copy.deepcopy(hyper), model.state_dict()),
+        (nn.Sequential(hyper), nn.Sequential(model).state_dict()),
+    ):
+        before = {name: tensor.clone() for name, tensor in whole.state_dict().items()}
+        for strict in (True, False):
+            with pytest.raises(ModelError, match=r"conv1\.weight.*fit_\(hyper, state_dict\)"):
+                whole.load_state_dict({name: t + 1 for name, t in state.items()}, strict=strict)
+        assert all(torch.equal(t, before[name]) for name, t in whole.state_dict().items())
+    to_dense(hyper).load_state_dict(model.state_dict())
+    hyper.load_state_dict(hyperize(model, compression=2, seed=3).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [("recompte", True, "did you mean 'recompute'"), ("recompute", 1, "True or False")],
+)
+def test_the_options_of_a_model_are_checked(name, value, words):
+    hyper = hyperize(Stage(), compression=2)
+    with pytest.raises(ConfigError, match=words):
+        setattr(hyper.hypernet, name, value)
+    hyper.hypernet.recompute = True
+    assert copy.deepcopy(hyper).hypernet.recompute
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"compression": 10, "max_params": 500}, "pass one of the two"),
+        ({"compresion": 3}, "did you mean 'compression'"),
+        ({"targets": "conv"}, "did you mean 'conv2d', 'conv1d' or 'conv3d'"),
+        ({"targets": [nn.Conv2d, nn.ReLU]}, "ReLU, which is not registered"),
+        ({"targets": type("Own", (nn.Conv2d,), {})}, "'conv2d' is the kind of its base class"),
+    ],
+    ids=str,
+)
+def test_requests_that_cannot_be_meant(request_, words):
+    refused(Stage(), ConfigError, words, **request_)
+    if "compression" in request_:
+        with pytest.raises(ConfigError, match=words):
+            HyperConfig(**request_)
+
+
+def test_one_request_takes_the_place_of_the_other():
+    config = HyperConfig(max_params=500).replace(compression=3)
+    assert (config.compression, config.max_params) == (3, None)
+    config = config.replace(max_params=500)
+    assert (config.compression, config.max_params) == (None, 500)
+    assert HyperConfig.from_json(config.to_json()) == config
+    assert HyperConfig.from_json(HyperConfig().to_json()) == HyperConfig()
+
+
+def test_targets_are_kinds_or_classes():
+    chosen = HyperConfig(targets=[nn.Conv2d, "linear"]).targets
+    assert chosen == ("conv2d", "linear")
+    assert HyperConfig(targets=nn.LSTM).targets == ("lstm",)
 
 
 def test_a_report_after_the_head_was_replaced_does_not_break():
