@@ -32,6 +32,7 @@ def make(name: str, options: Mapping[str, Any], *, trained: bool = False) -> nn.
             folder or a model of the Hub, `transformers.CLASS:NAME` the same by another class than
             `AutoModel`.
         options: Keyword arguments of the factory; of transformers, of the model's configuration.
+            `img_size` is for timm alone; with other models it is the size of images.
         trained: With trained weights. Those of a factory are its own in any case.
 
     Raises:
@@ -40,6 +41,7 @@ def make(name: str, options: Mapping[str, Any], *, trained: bool = False) -> nn.
     place, colon, title = name.partition(":")
     if not colon:
         return _of_timm(name, options, trained)
+    options = {key: value for key, value in options.items() if key != "img_size"}
     if place.partition(".")[0] == _TRANSFORMERS:
         return _of_transformers(place, title, options, trained)
     return _of_code(place, title, options)
@@ -88,6 +90,11 @@ def _of_transformers(place: str, name: str, options: Mapping[str, Any], trained:
         )
     if not os.path.isdir(name):
         _check_reachable(name, _WEIGHTS if trained else ["config.json"], f"{place}:{name}")
+    if unknown := [key for key in ("num_classes", "in_chans") if key in options]:
+        raise HyperizeError(
+            f"models of transformers have no {unknown[0]}; name what their configuration calls it, "
+            "as by --model-kwargs num_labels=10."
+        )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -115,14 +122,18 @@ def _of_code(place: str, title: str, options: Mapping[str, Any]) -> nn.Module:
         if not hasattr(found, part):
             raise HyperizeError(f"{place} has no {title!r}{did_you_mean(part, dir(found))}")
         found = getattr(found, part)
-    if isinstance(found, nn.Module) and not options:
+    if isinstance(found, nn.Module):
+        if options:
+            raise HyperizeError(
+                f"{place}:{title} is a model already, and takes no {next(iter(options))}."
+            )
         return found
     try:
         model = found(**options)
     except Exception as error:  # whatever the factory does
         raise HyperizeError(
             f"{place}:{title} cannot be called so ({type(error).__name__}: {error}); its arguments "
-            "are those of --model-kwargs, --num-classes, --in-chans and --img-size."
+            "are those of --model-kwargs, --num-classes and --in-chans."
         ) from error
     if not isinstance(model, nn.Module):
         raise HyperizeError(

@@ -103,7 +103,7 @@ def save(
 
     Args:
         hyper: A hyperized model; not changed.
-        path: The file to write, which ends in .safetensors, in a folder that exists.
+        path: The file to write, in a folder that exists; if its name has an ending, .safetensors.
         dtype: `torch.float16` or `torch.bfloat16` to round the parameters for the file; or "int8"
             or "int4", which rounds matrices to multiples of a step for each row, and vectors to
             float16 (see `quantized`). Buffers are stored as they are. What is loaded has the
@@ -198,7 +198,7 @@ def write_dense(
 
     Args:
         hyper: A hyperized model; not changed.
-        path: The file, which ends in .safetensors; replaced as a whole.
+        path: The file, replaced as a whole; if its name has an ending, .safetensors.
         dtype: As in `save`, but for bits, which other libraries cannot read.
         condition: As in `to_dense`.
 

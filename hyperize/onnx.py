@@ -79,7 +79,7 @@ def export_onnx(
 
     Args:
         hyper: A hyperized model; not changed.
-        path: The file to write, which ends in .onnx, in a folder that exists.
+        path: The file to write, in a folder that exists; if its name has an ending, .onnx.
         example_inputs: A tensor, or a tensor for each argument of the model's forward.
         dense: Export what `to_dense` makes, which has nothing of hyperize in it. Otherwise the file
             holds the generator and the embeddings, is smaller by the compression, and computes the

@@ -79,7 +79,7 @@ def check_outputs(args: argparse.Namespace) -> None:
             kind = "a folder" if os.path.isdir(target) else "a device or a pipe"
             raise FileError(f"{title} is {kind}, and the output is a file; name a file.")
         if endings:
-            check_ending(title, *endings)
+            check_ending(title, *endings, needed=args.command == "export")
         if os.path.lexists(target) and not args.force:
             raise FileError(
                 f"{title} exists already, and no file is overwritten unasked; name another file, "

@@ -18,17 +18,19 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 """The files of a folder as on Hugging Face."""
 
 
-def check_ending(path: str | os.PathLike[str], *endings: str) -> None:
-    """Refuses a name that does not say what will be in the file.
+def check_ending(path: str | os.PathLike[str], *endings: str, needed: bool = False) -> None:
+    """Refuses a name that says that something else is in the file.
 
     Args:
         path: The file to write.
-        *endings: Those that its contents may have, as ".safetensors".
+        *endings: Those that are right, as ".safetensors".
+        needed: Whether a name without an ending is refused, too.
 
     Raises:
         FileError: It ends in another way.
     """
-    if Path(path).suffix.lower() not in endings:
+    ending = Path(path).suffix.lower()
+    if ending not in endings and (ending or needed):
         raise FileError(f"{path} must end in {' or '.join(endings)}, which is what it will hold.")
 
 
@@ -40,7 +42,7 @@ def check_target(path: str | os.PathLike[str], *endings: str) -> None:
         *endings: As in `check_ending`.
 
     Raises:
-        FileError: It ends in another way, or its folder is missing.
+        FileError: It ends in a wrong way, or its folder is missing.
     """
     check_ending(path, *endings)
     if not (folder := Path(path).parent).is_dir():

@@ -2,8 +2,12 @@
 
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import onnxruntime
@@ -13,9 +17,12 @@ import torch
 from models import randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hyperize import (
+    HyperConfig,
     Plan,
+    __version__,
     condition,
     dense_state_dict,
     hyperize,
@@ -24,7 +31,7 @@ from hyperize import (
     make_plan,
     save,
 )
-from hyperize.cli import main
+from hyperize.cli import _parser, main
 
 
 def test_report(capsys):
@@ -210,8 +217,8 @@ def refused(place, monkeypatch, capsys):
     def work(*args, **kwargs):
         pytest.fail("the work began")
 
-    for name in ("_timm_model", "load_timm", "load", "read_header"):
-        monkeypatch.setattr(f"hyperize.cli.{name}", work)
+    for name in ("make", "make_empty", "load_timm", "load", "read_header"):
+        monkeypatch.setattr(f"hyperize.commands.{name}", work)
 
     def contents():
         paths = [path for path in place.rglob("*") if path.is_file() or not path.exists()]
@@ -366,7 +373,7 @@ def test_force_overwrites_and_nothing_else(argv, out, trained, place, capsys):
         ([*FIT, "--out", "locked/x.safetensors"], "locked cannot be written to"),
         ([*CONVERT, "--out", "absent/x.safetensors"], "absent is not a folder"),
         ([*CONVERT, "--out", "pipe.safetensors"], "pipe.safetensors is a folder"),
-        ([*CONVERT, "--out", "images/notes.txt"], "images/notes.txt is not a folder"),
+        ([*CONVERT, "--out", "images/notes.txt"], "notes.txt must end in .safetensors"),
         ([*CONVERT, "--out", "images/notes.txt/x/y"], "images/notes.txt is not a folder"),
         ([*CONVERT, "--out", "dangling"], "dangling is not a folder"),
         ([*CONVERT, "--out", "locked"], "locked cannot be written to"),
@@ -381,6 +388,10 @@ def test_force_overwrites_and_nothing_else(argv, out, trained, place, capsys):
         ([*INFO, "--html", "locked/x.html"], "locked cannot be written to"),
         ([*INFO, "--html", "folder"], "--html folder is a folder"),
         ([*CONVERT, "--out", "twins"], "same file as model.safetensors in --out twins"),
+        ([*FIT, "--out", "h.pth"], "--out h.pth must end in .safetensors"),
+        ([*CONVERT, "--out", "dense.pth"], "--out dense.pth must end in .safetensors"),
+        ([*EXPORT, "--out", "x.tflite"], "--out x.tflite must end in .onnx or .pt2"),
+        ([*REPORT, "--html", "page.pdf"], "--html page.pdf must end in .html or .htm"),
     ],
     ids=lambda value: "-".join([value[0], value[-1]]) if isinstance(value, list) else "",
 )
@@ -395,7 +406,7 @@ def test_outputs_are_checked_before_the_work(argv, words, refused, monkeypatch):
     # Root, as which tests may run, can write to any folder
     allowed = os.access
     monkeypatch.setattr(
-        "hyperize.cli.os.access",
+        "hyperize.outputs.os.access",
         lambda path, mode: allowed(path, mode) and Path(path).name != "locked",
     )
     assert words in refused([*argv, "--force"])
@@ -419,9 +430,12 @@ def test_a_program_is_written_whole_or_not_at_all(error, trained, place, monkeyp
 
 
 def test_what_only_the_system_refuses_is_a_typed_error(place, capsys):
-    name = "x" * 250  # is allowed, but not with the ending that it has while it is written
+    # The name is allowed, but not with the ending that it has while it is written
+    name = "x" * 245 + ".html"
     assert main([*REPORT, "--html", name]) == 1
-    assert "cannot be written: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{name} cannot be written: " in said
+    assert ".part" not in said
 
 
 def test_zoo(capsys):
@@ -433,35 +447,266 @@ def test_zoo(capsys):
     assert json.loads(capsys.readouterr().out)[0]["compression"] >= 30
 
 
+FIT_OWN = [
+    "fit",
+    "test_resnet",
+    "--num-classes",
+    "5",
+    "--compression",
+    "3",
+    "--out",
+    "x.safetensors",
+]
+
+
+@pytest.fixture
+def wrong(trained, tmp_path, monkeypatch):
+    """The current folder, with inputs that cannot be used."""
+    root, teacher = trained
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(root / "teacher.safetensors", ".")
+    save(hyperize(teacher, compression=3), "hyper.safetensors")
+    save_file(timm.create_model("test_vit").state_dict(), "other.safetensors")
+    torch.save(teacher, "pickled.pth")
+    Path("noise.pth").write_bytes(bytes(range(256)))
+    for folder in ("empty", "damaged/any"):
+        Path(folder).mkdir(parents=True)
+    whole = next((root / "images").rglob("*.png")).read_bytes()
+    Path("damaged/any/a.png").write_bytes(whole[: len(whole) // 2])
+    Path("own.py").write_text(OWN)
+
+
+OWN = """
+from torch import nn
+
+def net(width=32, num_classes=10):
+    layers = nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, num_classes)
+    return nn.Sequential(*layers, *head)
+
+made = net()
+
+def number():
+    return 3
+"""
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["report", "resnet5"], "near misses"),
+        (["report", "resnte50"], "did you mean 'resnet50'"),
         (["report", "resnet18", "--compression", "1"], "above 1"),
         (["report", "resnet18", "--compression", "1e9"], "reachable range"),
+        (["report", "resnet18", "--compression", "3", "--max-params", "9"], "one of the two"),
         (["report", "resnet18", "--targets", "lstm"], "no lstm layer"),
+        (["report", "resnet18", "--targets", "conv"], "did you mean 'conv2d'"),
         (["report", "resnet18", "--model-kwargs", "nonsense=1"], "cannot create"),
+        (["report", "own:nte"], "own has no 'nte'; did you mean 'net'?"),
+        (["report", "own:number"], "must return a torch.nn.Module, got int"),
+        (["report", "own:net", "--model-kwargs", "wide=1"], "cannot be called so (TypeError"),
+        (["report", "own:made", "--num-classes", "3"], "is a model already"),
+        (["report", "absent.module:net"], "cannot be imported (ModuleNotFoundError"),
+        (["report", "transformers.BertModle:x"], "did you mean 'BertModel'"),
+        (["report", "transformers:damaged"], "transformers cannot make damaged"),
         (["zoo", "--filter", "nothing*"], "matches no timm model"),
-        (["convert", "resnet18", "--checkpoint", "absent", "--out", "x"], "absent"),
-        (["convert", "--checkpoint", __file__, "--out", "x"], "cannot be read"),
-        (["info", __file__], "cannot be read"),
-        (["fit", "resnet18", "--checkpoint", __file__, "--out", "x"], "does not fit"),
-        (["export", "--checkpoint", __file__, "--out", "x.tflite"], "must end in"),
+        (["convert", "resnet18", "--checkpoint", "absent", "--out", "x"], "absent does not exist"),
+        (["convert", "--checkpoint", "own.py", "--out", "x"], "cannot be read"),
+        (["convert", "own:net", "--checkpoint", "hyper.safetensors", "--out", "x"], "does not fit"),
+        (["info", "own.py"], "cannot be read"),
+        (["info", "empty"], "FILE empty is not a file"),
+        ([*FIT_OWN, "--checkpoint", "own.py"], "no file of weights"),
+        ([*FIT_OWN, "--checkpoint", "noise.pth"], "no file of weights"),
+        ([*FIT_OWN, "--checkpoint", "pickled.pth"], "pickled objects"),
+        ([*FIT_OWN, "--checkpoint", "hyper.safetensors"], "hyperize convert"),
+        (
+            [*FIT_OWN, "--checkpoint", "other.safetensors"],
+            "92 missing (conv1.0.weight first), 80 unexpected (blocks.0.attn.proj.bias first)",
+        ),
+        (
+            [*FIT_OWN, "--num-classes", "7", "--checkpoint", "teacher.safetensors"],
+            "2 of another shape (fc.bias first)",
+        ),
+        ([*FIT_OWN, "--data-dir", "absent"], "--data-dir absent does not exist"),
+        ([*FIT_OWN, "--data-dir", "own.py"], "--data-dir own.py is not a folder"),
+        ([*FIT_OWN, "--data-dir", "empty"], "--data-dir empty holds no images"),
+        (
+            [*FIT_OWN, "--checkpoint", "teacher.safetensors", "--data-dir", "damaged"],
+            "damaged/any/a.png in --data-dir cannot be read",
+        ),
         (["plan", "resnet18", "--embeddings", "channel", "--tile", "1", "8"], "no tiles"),
+        (
+            [*EXPORT[:3], "--input-size", "3,2", "2", "--out", "x.pt2"],
+            "torch.export cannot take the ResNet",
+        ),
     ],
+    ids=lambda value: "" if isinstance(value, str) else "-".join([value[0], value[-1]]),
 )
-def test_refusals_are_one_line_on_stderr(argv, words, capsys):
+def test_refusals_are_one_line_on_stderr(argv, words, wrong, capsys):
+    before = sorted(Path().rglob("*"))
     assert main(argv) == 1
     output = capsys.readouterr()
     assert output.out == ""
-    assert words in output.err
-    assert "Traceback" not in output.err
+    (line,) = output.err.splitlines()
+    assert line.startswith("hyperize: ")
+    assert words in line
+    assert [path for path in sorted(Path().rglob("*")) if "__pycache__" not in path.parts] == before
 
 
-def test_wrong_usage_exits_with_2():
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "COMMAND"),
+        (["repport"], "invalid choice: 'repport'"),
+        (["report"], "no model is named"),
+        (["report", "resnet18", "--compresion", "3"], "did you mean '--compression'?"),
+        (["report", "resnet18", "--compresion=3"], "unknown argument --compresion;"),
+        (["report", "resnet18", "resnet34"], "unknown argument resnet34"),
+        (["plan", "resnet18", "--tile", "3"], "expected 2 values, got 1"),
+        (["export", "--input-size", "3,x,2"], "must be a whole number, got 'x'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_one_line_with_a_suggestion(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["report"])
+        main(argv)
     assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+    assert "--help has all arguments" in line
+
+
+QUICK = """
+import resource, sys
+from hyperize.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+assert not {"torch", "timm", "numpy"} & set(sys.modules), "a heavy import"
+print(code, resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["report", "--help"], 0),
+        (["report", "resnet18", "--compresion", "3"], 2),
+        (["report", "resnet18", "--compression", "1"], 1),
+        (["report", "resnet18", "--html", "page.pdf"], 1),
+        (["fit", "resnet18", "--checkpoint", "absent", "--out", "x.safetensors"], 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_help_and_wrong_arguments_need_no_torch(argv, code):
+    command = [sys.executable, "-c", QUICK, *argv]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    found = [run.stdout.splitlines()[-1].split() for run in runs]
+    assert {int(number) for number, _ in found} == {code}
+    assert min(float(seconds) for _, seconds in found) < 0.3
+
+
+def test_the_library_is_imported_without_what_takes_longer_than_torch():
+    heavy = "{'timm', 'torchvision', 'torch._dynamo', 'torch.distributed.fsdp', 'triton', 'sympy'}"
+    code = "import sys, torch; before = set(sys.modules); import hyperize; hyperize.hyperize; "
+    code += f"print(sorted({heavy} & (set(sys.modules) - before)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "hyperize", "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"hyperize {__version__}\n")
+
+
+def test_an_interrupted_table_keeps_its_rows():
+    """Rows are there as they are planned, and Ctrl-C is no error of Python's."""
+    command = [sys.executable, "-m", "hyperize", "zoo", "--filter", "*"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        lines = [run.stdout.readline() for _ in range(4)]
+        run.send_signal(signal.SIGINT)
+        rest, error = run.communicate()
+    assert run.returncode == 130
+    assert error == "hyperize: interrupted\n"
+    names = [line.split()[0] for line in [*lines[1:], *rest.splitlines()]]
+    assert names == timm.list_models()[: len(names)]
+
+
+def test_an_interrupted_json_table_is_whole(monkeypatch, capsys):
+    def planned(*args):
+        yield {"model": "first"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hyperize.commands._planned_rows", planned)
+    assert main(["zoo", "--filter", "resnet10t", "--json"]) == 130
+    output = capsys.readouterr()
+    assert json.loads(output.out) == [{"model": "first"}]
+    assert output.err == "hyperize: interrupted\n"
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "transformers:some/model"])
+def test_without_a_network_weights_fail_at_once(name, tmp_path):
+    """huggingface_hub would try again for the better part of a minute."""
+    nowhere = {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "hyperize", "fit", name, "--targets", "linear,conv2d"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "x.safetensors")],
+        env=os.environ | nowhere,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "cannot be reached" in line
+    assert "--checkpoint FILE" in line
+
+
+def test_models_that_are_not_timms(wrong, capsys):
+    assert (
+        main(
+            [
+                "fit",
+                "own:net",
+                "--compression",
+                "3",
+                "--model-kwargs",
+                "width=48",
+                "--out",
+                "a.safetensors",
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "own:net, its own weights: 22,032 of 22,618 parameters are generated from" in said
+    assert "  hyperize convert own:net --model-kwargs width=48 --checkpoint a.safetensors" in said
+    for line in (line.strip() for line in said.splitlines() if line.startswith("  hyperize ")):
+        if "export" not in line:
+            assert main(shlex.split(line)[1:]) == 0  # what it says to type next works
+    model = nn.Sequential(*own_layers(48))
+    model.load_state_dict(load_file("dense.safetensors"))
+    hyper = load(nn.Sequential(*own_layers(48)), "a.safetensors")
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(model(x), hyper(x))
+    capsys.readouterr()
+    argv = ["report", "--model", "torchvision.models:resnet18", "--num-classes", "7", "--json"]
+    assert main(argv) == 0
+    assert json.loads(capsys.readouterr().out)["total_dense_params"] == 11_180_103
+
+
+def own_layers(width):
+    layers = nn.Conv2d(3, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3)
+    return *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)
 
 
 def test_installed_command(capsys):
@@ -505,3 +750,44 @@ def test_several_checkpoints_become_one_file(tmp_path, capsys, monkeypatch):
         assert words in capsys.readouterr().err
     assert main(["report", "test_resnet", "--conditions", "4", "--compression", "3"]) == 0
     assert "networks: 4" in capsys.readouterr().out
+
+
+def test_models_of_transformers(tmp_path, capsys, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    config = transformers.BertConfig(
+        vocab_size=100,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+    )
+    transformers.BertModel(config).save_pretrained("bert")
+    argv = ["transformers:bert", "--targets", "linear", "--compression", "3"]
+    assert main(["fit", *argv, "--out", "bert.safetensors"]) == 0
+    argv = ["convert", "transformers:bert", "--checkpoint", "bert.safetensors"]
+    assert main([*argv, "--out", "dense.safetensors"]) == 0
+    dense = transformers.BertModel(config)
+    dense.load_state_dict(load_file("dense.safetensors"))
+    kind = "transformers.BertForSequenceClassification:bert"
+    capsys.readouterr()
+    options = ["--targets", "linear", "--model-kwargs", "num_labels=7", "--json"]
+    assert main(["report", kind, *options]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"][-1]["shape"] == [7, 64]
+    assert main(["report", kind, "--num-classes", "7"]) == 1
+    assert "num_labels" in capsys.readouterr().err
+
+
+def test_values_are_divided_by_spaces_or_commas(capsys):
+    argv = ["plan", "resnet18", "--json", "--exclude", "layer4,layer3", "--tile", "16,8"]
+    assert main([*argv, "--targets", "conv2d,", "linear", "--recompute", "--hidden-dim", "4"]) == 0
+    config = Plan.from_dict(json.loads(capsys.readouterr().out)).config
+    assert config.targets == ("conv2d", "linear")
+    assert config.exclude == ("layer4", "layer3")
+    assert (config.tile, config.recompute) == ((16, 8), True)
+
+
+def test_every_option_has_a_flag():
+    flags = _parser().commands["fit"].format_help()
+    for field in fields(HyperConfig):
+        assert f"--{field.name.replace('_', '-')} " in flags.replace("]", " "), field.name
