@@ -172,7 +172,7 @@ def _state(checkpoint: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = timm.models.load_state_dict(checkpoint, weights_only=True)
     except Exception as error:  # which the readers raise on a wrong file of any kind
         advice = "it is no file of weights that torch or safetensors can read"
-        if "global" in str(error).lower():  # as torch and timm call what they refuse
+        if "Unsupported global" in str(error):  # as torch and timm call what they refuse
             advice = (
                 "there are pickled objects in it, which could run any code; make a file of weights "
                 "alone, by torch.save(model.state_dict(), path)"

@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ ORDER = [
     ),
     *("calls", "rewrite", "networks", "rounding"),
     *("drawing", "page", "reporting", "timm_models", "files", "folders", "graph", "onnx"),
-    *("training", "distributed", "teacher", "solver", "fitting", "cli"),
+    *("training", "distributed", "teacher", "solver", "fitting"),
+    *("outputs", "factories", "commands", "cli", "__main__"),
 ]
 """Each module imports only from modules before it."""
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
@@ -48,7 +50,8 @@ def imports(module):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} has a relative import"
             if node.module == "hyperize":
-                yield from (alias.name for alias in node.names)
+                names = (alias.name for alias in node.names)
+                yield from (name for name in names if not name.startswith("__"))
             elif node.module and node.module.startswith("hyperize."):
                 yield node.module.split(".")[1]
         elif isinstance(node, ast.Import):
@@ -78,9 +81,23 @@ def test_no_module_is_named_like_a_public_name():
 
 
 def test_the_package_itself_only_lists():
+    """Names for checkers, and what imports them when the first is used (see test_types.py)."""
     for node in tree("__init__").body:
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        assert docstring or isinstance(node, ast.ImportFrom | ast.Assign), ast.unparse(node)
+        lazily = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        listing = isinstance(node, ast.ImportFrom | ast.Assign)
+        assert docstring or lazily or listing, ast.unparse(node)
+
+
+def test_arguments_are_read_without_torch():
+    """Help and wrong arguments are answered before anything heavy is imported."""
+    light = {"hyperize", "rich", "safetensors", "typing_extensions"}
+    for module in ("cli", "outputs", "config", "writing"):
+        for node in tree(module).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            for name in (name.partition(".")[0] for name in names):
+                assert name in light | sys.stdlib_module_names, f"{module}: {name}"
 
 
 @pytest.mark.parametrize("name", package.__all__)
