@@ -70,7 +70,8 @@ def hyperize(
             none with a plan.
 
     Returns:
-        The hyperized model. Training flags, buffers and all other parameters are as they were.
+        The hyperized model, of the same class (unless the model is itself a recurrent layer, and
+        becomes dynamic). Training flags, buffers and all other parameters are as they were.
 
     Raises:
         ModelError: The model, or a selected layer, is of a kind that cannot be rewritten, holds

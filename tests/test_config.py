@@ -71,7 +71,7 @@ def test_paper_preset_and_overrides():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ConfigError, match="compresion"):
-        HyperConfig().replace(compresion=3)
+        HyperConfig().replace(compresion=3)  # type: ignore[call-arg]
     with pytest.raises(ConfigError, match="compresion"):
         HyperConfig.from_dict({"compresion": 3})
     for text in ("[1]", "{", "3"):
