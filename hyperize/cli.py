@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process if `None`.
 
     Returns:
-        The exit code: 0, or 1 with one line on stderr if the request cannot be carried out.
+        The exit code: 0; or with one line on stderr, 1 if the request cannot be carried out, and 130
+        after Ctrl-C. A wrong command line raises `SystemExit`, as in any use of argparse.
     """
     try:
         args = _parser().parse_args(argv)
@@ -77,6 +78,8 @@ class _Parser(argparse.ArgumentParser):
             hint = did_you_mean(flag, flags).rstrip(".") if flag.startswith("-") else ""
             command.error(f"unknown argument {flag}{hint}")
         if (model := found.__dict__.pop("model_flag", None)) is not None:
+            if found.model is not None:
+                command.error(f"two models are named, {found.model} and {model}")
             found.model = model
         if getattr(found, "model", "") is None and found.command in ("report", "plan", "fit"):
             command.error("no model is named; name it before all flags, or by --model")

@@ -172,6 +172,8 @@ def _state(checkpoint: str) -> dict[str, Tensor]:
         state: dict[str, Tensor] = timm.models.load_state_dict(checkpoint, weights_only=True)
     except Exception as error:  # which the readers raise on a wrong file of any kind
         advice = "it is no file of weights that torch or safetensors can read"
+        if isinstance(error, OSError) and error.strerror:
+            advice = error.strerror
         if "Unsupported global" in str(error):  # as torch and timm call what they refuse
             advice = (
                 "there are pickled objects in it, which could run any code; make a file of weights "
@@ -198,7 +200,7 @@ def _images(args: argparse.Namespace, model: nn.Module) -> list[Tensor]:
         try:
             with Image.open(files[at]) as image:
                 taken.append(transform(image.convert("RGB")))
-        except (OSError, SyntaxError, ValueError) as error:  # as Pillow does on damaged files
+        except Exception as error:  # Pillow raises errors of many kinds on damaged files
             raise FileError(
                 f"{files[at]} in --data-dir cannot be read as an image ({error}); repair or remove "
                 "it."

@@ -558,6 +558,7 @@ def test_refusals_are_one_line_on_stderr(argv, words, wrong, capsys):
         ([], "COMMAND"),
         (["repport"], "invalid choice: 'repport'"),
         (["report"], "no model is named"),
+        (["report", "resnet18", "--model", "resnet34"], "two models are named"),
         (["report", "resnet18", "--compresion", "3"], "did you mean '--compression'?"),
         (["report", "resnet18", "--compresion=3"], "unknown argument --compresion;"),
         (["report", "resnet18", "resnet34"], "unknown argument resnet34"),
