@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; those of the process if `None`.
 
     Returns:
-        The exit code: 0; or with one line on stderr, 1 if the request cannot be carried out, and 130
-        after Ctrl-C. A wrong command line raises `SystemExit`, as in any use of argparse.
+        The exit code: 0; or with one line on stderr, 1 if the request cannot be carried out, and
+        130 after Ctrl-C. A wrong command line raises `SystemExit`, as argparse does.
     """
     try:
         args = _parser().parse_args(argv)

@@ -101,15 +101,23 @@ def _fit(args: argparse.Namespace) -> None:
         print(json.dumps(facts, indent=2))
     else:
         dense = sum(tensor_bytes(teacher) for teacher in teachers)
-        for line in _of_fit(args, report(hyper), fitted, written, dense):
+        taken = sum(map(len, data or ()))
+        for line in _of_fit(args, taken, report(hyper), fitted, written, dense):
             print(line)
 
 
 def _of_fit(
-    args: argparse.Namespace, figures: Report, fitted: FitReport, written: FileReport, dense: int
+    args: argparse.Namespace,
+    taken: int,
+    figures: Report,
+    fitted: FitReport,
+    written: FileReport,
+    dense: int,
 ) -> Iterator[str]:
     """What was fitted to what, how well, how large the file is, and what to do with it."""
     source = " and ".join(args.checkpoint) if args.checkpoint else "its own weights"
+    if taken:
+        source += f", with {taken} images of {args.data_dir}"
     yield (
         f"{args.model}, {source}: {figures.dense_params:,} of "
         f"{figures.total_dense_params:,} parameters are generated from {figures.hyper_params:,}"
@@ -119,7 +127,7 @@ def _of_fit(
         "An error is the norm of what is missed over the norm of the weights or outputs: 0 is "
         "exact, 1 no better than zeros."
     )
-    if not args.data_dir:
+    if not taken:
         yield "With --data-dir and a few hundred unlabelled images outputs are missed far less."
     yield f"\n{written}"
     yield f"dense {dense:,} bytes, {dense / written.bytes:.1f} times as many"

@@ -110,6 +110,11 @@ def test_fit_convert_and_info(trained, tmp_path, capsys):
     assert main([*fit, "--out", small]) == 0
     output = capsys.readouterr()
     assert "weights fitted" in output.out
+    assert "test_resnet, " in output.out
+    assert "322,560 of 373,173 parameters are generated from" in output.out
+    assert "--data-dir" in output.out
+    assert "dense 1,501,132 bytes, 2.3 times as many" in output.out
+    assert f"hyperize convert --checkpoint {small} --out dense.safetensors" in output.out
     assert "load_timm makes it a test_resnet" in output.out
     assert output.err == ""
     argv = ["--data-dir", str(root / "images"), "--samples", "8", "--json", "--dtype", "bfloat16"]
