@@ -18,6 +18,7 @@ __all__: list[str] = []
 
 _TRANSFORMERS = "transformers"
 _WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
+_WEIGHTS += [f"{name}.index.json" for name in _WEIGHTS]  # of weights in several files
 """Names that weights have on the Hub."""
 _PATIENCE = 5
 """Seconds for the Hub to answer."""
@@ -70,7 +71,10 @@ def _of_timm(name: str, options: Mapping[str, Any], trained: bool) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=trained, **options)
     except (TypeError, RuntimeError, ValueError, OSError) as error:
-        raise HyperizeError(f"timm cannot create {name} so: {error}") from error
+        kind, dot, _ = name.partition(".")
+        hint = did_you_mean(name, timm.list_pretrained(f"{kind}.*")) if dot else "."
+        said = str(error).rstrip(".")
+        raise HyperizeError(f"timm cannot create {name} so: {said}{hint}") from error
     return model
 
 

@@ -500,6 +500,7 @@ def number():
     ("argv", "words"),
     [
         (["report", "resnte50"], "did you mean 'resnet50'"),
+        (["report", "resnet18.a1_in1kk"], "did you mean 'resnet18.a1_in1k'"),
         (["report", "resnet18", "--compression", "1"], "above 1"),
         (["report", "resnet18", "--compression", "1e9"], "reachable range"),
         (["report", "resnet18", "--compression", "3", "--max-params", "9"], "one of the two"),
