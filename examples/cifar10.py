@@ -2,6 +2,8 @@
 
     python examples/cifar10.py --data-dir data --download
     python examples/cifar10.py --data-dir images    # train/CLASS/IMAGE and test/CLASS/IMAGE
+
+Read it from top to bottom: nothing is imported from the other examples.
 """
 
 import argparse

@@ -225,7 +225,7 @@ def test_cifar10_learns_and_downloads(example, tmp_path, monkeypatch, capsys):
     class Colours(torch.utils.data.Dataset):
         """In the place of torchvision's: ten classes, each of one grey."""
 
-        classes = list("abcdefghij")
+        classes = tuple("abcdefghij")
 
         def __init__(self, root, train, transform, download=False):
             asked.append((root, train, download))
