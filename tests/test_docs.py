@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import yaml
 from models import randomise
 from PIL import Image
 from safetensors.torch import save_file
@@ -32,6 +33,8 @@ README = ROOT / "README.md"
 CI = (ROOT / ".ci" / "run").read_text()
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = (ROOT / "examples", ROOT / "benchmarks")
+PROJECT = "https://github.com/hyperize/hyperize"
+RAW = "https://raw.githubusercontent.com/hyperize/hyperize"
 TOOLS = ("pytest", "ruff", "mypy")
 """Commands that CI runs as they stand in the documentation."""
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*?)\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
@@ -62,10 +65,14 @@ def workplace(tmp_path, monkeypatch):
         randomise(timm.create_model("test_efficientnet"), 0).state_dict(),
         "test_efficientnet.safetensors",
     )
-    Path("images").mkdir()
+    create = timm.create_model
+    monkeypatch.setattr(  # a reader has a network; names and shapes are the same without
+        timm, "create_model", lambda name, pretrained=False, **options: create(name, **options)
+    )
+    Path("images", "some").mkdir(parents=True)
     for i in range(8):
         noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy()
-        Image.fromarray(noise).save(f"images/{i}.png")
+        Image.fromarray(noise).save(f"images/some/{i}.png")
     yield
     hyperize.layers._SPECS.clear()
     hyperize.layers._SPECS.update(specs)
@@ -89,6 +96,8 @@ def test_blocks_run_in_order(path, workplace, capsys):
         elif language == "sh":
             for command in commands(code):
                 run(command)
+        elif language == "bibtex":  # see test_the_citation_is_of_this_version
+            pass
         else:
             pytest.fail(f"a block of {language!r}, which no test can run")
         printed = capsys.readouterr().out
@@ -227,6 +236,34 @@ def test_figures_are_the_same_everywhere():
     assert not {name: found for name, found in rows.items() if len(found) > 1}
 
 
+def test_figures_of_the_readme_are_in_the_docs():
+    """As they are, or with fewer digits."""
+    number = re.compile(r"(?<![\w.,])(?:\d+\.\d+|\d{1,3}(?:,\d{3})+)(?![\w.,]*\w)")
+    prose = re.sub(r"\]\([^)]*\)", "]", FENCE.sub("", README.read_text()))
+    known = {
+        value for path in (ROOT / "docs").glob("*.md") for value in number.findall(path.read_text())
+    }
+    floats = [float(value) for value in known if "," not in value]
+    rounded = {f"{value:.{digits}f}" for value in floats for digits in (1, 2)}
+    versions = set(re.findall(r"(?:torch|Python)\W*(\d+\.\d+)", prose))
+    found = set(number.findall(prose))
+    assert len(found) > 30
+    assert found - known - rounded - versions == set()
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == hyperize.__version__
+    assert citation["message"]
+    (entry,) = re.findall(r"@software\{.*?\n\}", README.read_text(), re.DOTALL)
+    fields = dict(re.findall(r"(\w+) = \{+(.*?)\}+,?$", entry, re.MULTILINE))
+    assert fields["version"] == citation["version"]
+    assert fields["title"] == citation["title"]
+    assert fields["author"] == citation["authors"][0]["name"]
+    assert fields["url"] == citation["url"] == PROJECT
+
+
 # -------------------------------------------------------------------------------------------- site
 class Page(HTMLParser):
     """What an HTML page links to, what it loads, and where one can link to."""
@@ -308,10 +345,13 @@ def test_pages_load_nothing_from_elsewhere(site):
 def test_links_of_root_pages_resolve(path, site):
     folder, pages = site
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if path == README:  # relative links break on a package's page
+            assert urlsplit(link).scheme == "https", link
+        link = link.removeprefix(f"{PROJECT}/blob/main/").removeprefix(f"{RAW}/main/")
         url = urlsplit(link)
         if url.scheme:
             continue
-        assert (path.parent / url.path).is_file(), link
+        assert (ROOT / url.path).is_file(), link
         if url.fragment:
             assert url.fragment in pages[folder / f"{Path(url.path).stem}.html"].ids, link
 
