@@ -35,6 +35,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))
 SCRIPTS = (ROOT / "examples", ROOT / "benchmarks")
 PROJECT = "https://github.com/hyperize/hyperize"
 RAW = "https://raw.githubusercontent.com/hyperize/hyperize"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TOOLS = ("pytest", "ruff", "mypy")
 """Commands that CI runs as they stand in the documentation."""
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*?)\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
@@ -339,6 +340,31 @@ def test_pages_load_nothing_from_elsewhere(site):
             assert not urlsplit(load).netloc, f"{path.relative_to(folder)} loads {load}"
     for style in folder.rglob("*.css"):
         assert not re.search(r"url\(\W?https?:|@import", style.read_text()), style
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_the_search_works_from_a_folder(site):
+    """Opened as a file, without a server, and without a request to another host."""
+    from playwright.sync_api import sync_playwright
+
+    folder, _ = site
+    asked = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((folder / "index.html").as_uri())
+        box = page.locator("input:focus")
+        for _ in range(60):  # until the page's script is ready
+            page.keyboard.press("Control+k")
+            page.wait_for_timeout(1000)
+            if box.count():
+                break
+        box.type("generated_l2")
+        page.locator("a[href*='api.html#hyperize.generated_l2']").first.wait_for()
+        browser.close()
+    assert not [url for url in asked if not url.startswith("file:")]
 
 
 @pytest.mark.parametrize("path", PAGES[:2], ids=page_id)
