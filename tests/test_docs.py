@@ -156,11 +156,13 @@ def parse_script(args):
     script, *argv = args
     if script == "-m":
         package, *argv = argv
-        script = f"{package}/__main__.py"
+        script = package.replace(".", "/")
+        script += ".py" if "." in package else "/__main__.py"
     path = ROOT / script
     assert path.is_file(), script
     assert path.parent in SCRIPTS, script
-    module = "benchmarks.__main__" if path.stem == "__main__" else path.stem
+    of_a_package = script.startswith("benchmarks/") and args[0] == "-m"
+    module = f"benchmarks.{path.stem}" if of_a_package else path.stem
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args):
@@ -181,6 +183,7 @@ def parse_script(args):
         "python examples/absent.py",
         "python -m benchmarks --slow",
         "python -m absent",
+        "python -m benchmarks.pictures --slow",
         "torchrun --nproc-per-node 2 examples/quickstart.py --modle resnet18",
         "accelerate launch --num_processes 2 examples/quickstart.py --modle resnet18",
         "pip install -e '.[absent]'",
