@@ -14,6 +14,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.optim import Muon
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, ImageFolder
@@ -54,10 +55,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     hyper = hyperize(model, compression=args.compression, seed=0).to(device)
     print(report(hyper))
 
-    # Training, as of any model; `param_groups` keeps weight decay off what makes weights
-    optimizer = torch.optim.AdamW(param_groups(hyper, weight_decay=0.05), lr=0.01)
-    steps = args.epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
+    # Training, as of any model; `param_groups` gives embeddings and generator rates of their own
+    optimizer = Muon(param_groups(hyper, weight_decay=0.05, lr=0.02), nesterov=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peaks, total_steps=args.epochs * len(batches), cycle_momentum=False
+    )
     for epoch in range(args.epochs):
         hyper.train()
         for images, labels in batches:
