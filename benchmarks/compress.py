@@ -43,7 +43,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ SETTINGS = (
     "fit_samples", "mean", "std", "bit_steps",
 )  # fmt: skip
 """Flags that a result depends on, besides those that differ between methods."""
+OTHERS = ("thin", "dense", "continued", "svd", "tucker", "cp")
+"""Methods that have nothing to do with hyperize."""
 
 
 @dataclass(frozen=True)
@@ -303,35 +305,50 @@ def print_table(rows: Sequence[Row]) -> None:
         )
 
 
-def draw(rows: Sequence[Row], name: str, taught: float, path: Path) -> None:
-    """Accuracy before and after training, one group of bars per ratio."""
-    import matplotlib
+def draw(
+    rows: Sequence[Row],
+    name: str,
+    taught: float,
+    path: Path,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Accuracy before and after training, one group of bars per ratio.
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
+    Args:
+        rows: Of the table.
+        name: Of the network and the data.
+        taught: The teacher's accuracy.
+        path: The PNG file to write.
+        notes: Text for the file's metadata.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     ratios = sorted({row.ratio for row in rows})
-    figure, axes = plt.subplots(1, len(ratios), figsize=(4.2 * len(ratios), 3.4), squeeze=False)
-    for axis, ratio in zip(axes[0], ratios, strict=True):
+    figure = Figure(figsize=(4.2 * len(ratios), 3.8), layout="constrained")
+    panels = figure.subplots(1, len(ratios), squeeze=False)[0]
+    for axes, ratio in zip(panels, ratios, strict=True):
         shown = [row for row in rows if row.ratio == ratio]
         names = [row.method for row in shown]
-        others = ("thin", "dense", "continued", "svd", "tucker", "cp")
-        bars = axis.barh(
-            names,
-            [100 * row.after for row in shown],
-            xerr=[100 * (row.spread or 0) for row in shown],
-            color=["C7" if name in others else "C0" for name in names],
-        )
-        axis.barh(names, [100 * row.before for row in shown], color="white", alpha=0.45)
+        colors = ["C7" if name in OTHERS else "C0" for name in names]
+        spread = [100 * (row.spread or 0) for row in shown]
+        bars = axes.barh(names, [100 * row.after for row in shown], xerr=spread, color=colors)
+        axes.barh(names, [100 * row.before for row in shown], color="white", alpha=0.45)
         white = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-        axis.bar_label(bars, fmt="%.1f", padding=3, bbox=white, zorder=3)
-        axis.axvline(100 * taught, color="C3", lw=1)
-        axis.set(title=f"{ratio:g}x", xlabel="test accuracy, %", xlim=(0, 100))
-        axis.invert_yaxis()
-    figure.suptitle(f"{name}: after training; pale, before; line, the teacher")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+        axes.bar_label(bars, fmt="%.1f", padding=3, bbox=white, zorder=3)
+        teacher = axes.axvline(100 * taught, color="C3", lw=1, label="the teacher, not trained on")
+        axes.set(title=f"{ratio:g}x", xlabel="test accuracy (%)", xlim=(0, 100))
+        axes.invert_yaxis()
+        axes.spines[["top", "right"]].set_visible(False)
+    stages = [
+        (Patch(color=color, alpha=alpha), f"{whose}, {when}")
+        for color, whose in (("C0", "hyperize"), ("C7", "others"))
+        for alpha, when in ((0.55, "before training"), (1, "after"))
+    ]
+    handles, labels = zip(*stages, (teacher, teacher.get_label()), strict=True)
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.suptitle(name)
+    figure.savefig(path, dpi=120, metadata=notes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -370,8 +387,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         draw(rows, args.model, taught, args.out / f"{args.model}.png")
         if written:
-            title = f"{args.model}: accuracy over the length of the file"
-            frontier.draw(written, title, taught, args.out / f"{args.model}-files.png")
+            frontier.draw(written, args.model, taught, args.out / f"{args.model}-files.png")
     except ImportError:
         print("no picture: matplotlib is missing (extra plot)")
 

@@ -6,9 +6,8 @@ Imported by `benchmarks/compress.py`.
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,42 +129,73 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def draw(rows: Sequence[dict[str, Any]], title: str, taught: float, path: Path) -> None:
-    """Draws accuracy over the length of the file, a line for each network."""
+def draw(
+    rows: Sequence[dict[str, Any]],
+    title: str,
+    taught: float,
+    path: Path,
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Draws accuracy over the length of the file, a line for each network.
+
+    Args:
+        rows: Of the table.
+        title: Of the network and the data.
+        taught: The teacher's accuracy.
+        path: The PNG file to write.
+        notes: Text for the file's metadata.
+    """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(8.4, 5), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.6), layout="constrained")
     axes = figure.subplots()
-    axes.axhline(100 * taught, color="C7", lw=1, ls="--", label="the teacher, float32")
     names = list(dict.fromkeys(row["name"] for row in rows))
     kinds = list(dict.fromkeys(name.partition(" ")[0] for name in names))
+    others = (kind for kind in kinds if kind not in ("hyperize", "dense"))
+    colors = {kind: f"C{at % 10}" for at, kind in enumerate(others, 1)}
+    colors |= {"hyperize": "C0", "dense": "black"}
     markers = {32: "o", 16: "s", 8: "D", 4: "v"}
     for name in names:
         kind, _, ratio = name.partition(" ")
         line = sorted((r for r in rows if r["name"] == name), key=lambda row: row["bytes"])
         x, y = [row["bytes"] / 1e3 for row in line], [100 * row["trained"] for row in line]
-        ours = kind in ("hyperize", "dense")
-        color = f"C{kinds.index(kind) % 10}"
-        axes.plot(x, y, color=color, lw=1.8 if ours else 0.8, alpha=1 if ours else 0.6)
+        ours = kind == "hyperize"
+        color = colors[kind]
+        axes.plot(x, y, color=color, lw=2 if ours else 0.9, alpha=0.8, zorder=3 if ours else 2)
         for row, at, height in zip(line, x, y, strict=True):
-            axes.plot(at, height, markers[row["bits"]], color=color, ms=5 if ours else 3.5)
-        axes.annotate(ratio or kind, (x[-1], y[-1]), (4, 3), textcoords="offset points", fontsize=7)
+            marker = markers[row["bits"]]
+            axes.plot(at, height, marker, color=color, ms=8 if ours else 5, zorder=4)
+        top = max(zip(y, x, strict=True))
+        axes.annotate(
+            ratio,
+            top[::-1],
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=color,
+        )
     axes.set(xscale="log", xlabel="length of the file (kB)", ylabel="test accuracy (%)")
     axes.set_title(title)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    low = sorted(100 * row["trained"] for row in rows)[len(rows) // 8]
-    axes.set_ylim(bottom=math.floor(low), top=100 * max(row["trained"] for row in rows) + 1.5)
-    handles = [Line2D([], [], color=f"C{at % 10}", label=kind) for at, kind in enumerate(kinds)]
+    reached = [100 * row["trained"] for row in rows]
+    # What has lost half of the best accuracy is of no use to anybody, and would flatten the rest
+    axes.set_ylim(max(min(reached), max(reached) / 2) - 3, max(reached) + 3)
+    handles = [Line2D([], [], color=colors[kind], label=kind) for kind in kinds]
+    used = {row["bits"] for row in rows}
     handles += [
-        Line2D([], [], color="k", ls="", marker=mark, ms=4, label=f"{bits} bits")
+        Line2D([], [], color="k", ls="", marker=mark, ms=5, label=f"{bits} bits")
         for bits, mark in markers.items()
+        if bits in used
     ]
-    handles += [axes.lines[0]]
-    axes.legend(handles=handles, frameon=False, fontsize=8, ncols=2, loc="lower right")
+    handles.append(
+        axes.axhline(100 * taught, color="C7", lw=1, ls="--", label="before any training, 32 bits")
+    )
+    axes.legend(handles=handles, frameon=False, fontsize=9, ncols=2, loc="lower right")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, metadata=notes)

@@ -133,13 +133,15 @@ def _curves(tables: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, list[Row
 
 def _draw_ratios(axes: Any, groups: Mapping[str, Sequence[Row]]) -> None:
     at, labels = 0, []
-    for number, rows in enumerate(groups.values()):
+    for number, (name, rows) in enumerate(groups.items()):
         for row in rows:
             low, middle, high = row.quartiles
             spread = [[middle - low], [high - middle]]
-            axes.errorbar(middle, at, xerr=spread, fmt="o", ms=4, capsize=2, color=f"C{number}")
+            axes.errorbar(
+                middle, at, xerr=spread, fmt="o", ms=4, capsize=2, color=f"C{number}", label=name
+            )
             if row.target is not None:
-                axes.plot(row.target, at, "|", ms=12, mew=2, color="black")
+                axes.plot(row.target, at, "|", ms=12, mew=2, color="black", label="target, at most")
             labels.append(row.name)
             at += 1
     axes.axvline(1, color="grey", lw=0.8)
@@ -150,7 +152,10 @@ def _draw_ratios(axes: Any, groups: Mapping[str, Sequence[Row]]) -> None:
     axes.set_yticks(range(at), labels, fontsize=8)
     axes.set_ylim(at - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title("first / second: median and quartiles; black: target, at most", fontsize=9)
+    axes.set_xlabel("first / second: median and quartiles", fontsize=9)
+    handles, texts = axes.get_legend_handles_labels()
+    once = dict(zip(texts, handles, strict=True))
+    axes.legend(once.values(), once.keys(), fontsize=8)
 
 
 def _within(tick: float, limits: tuple[float, float]) -> bool:
@@ -165,11 +170,11 @@ def _draw_curves(axes: Any, curves: Mapping[str, Sequence[Row]]) -> None:
         spread += [[high - m for m, high in zip(middles, highs, strict=True)]]
         growth = [1, *(row.growth for row in rows)]
         axes.errorbar(growth, middles, yerr=spread, fmt="o-", ms=4, capsize=2, label=series)
-    axes.axhline(1, color="grey", lw=0.8)
+    axes.axhline(1, color="grey", lw=0.8, label="linear growth")
     axes.set_xscale("log", base=2)
     ticks = [2**n for n in range(5)]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_ylim(0)
     axes.set_xlabel("size / the smallest size", fontsize=9)
-    axes.set_title("time per item / that of the smallest size: 1 is linear growth", fontsize=9)
+    axes.set_ylabel("time per item / that of the smallest size", fontsize=9)
     axes.legend(fontsize=8)

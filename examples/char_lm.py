@@ -43,9 +43,9 @@ import torch
 import torch.nn.functional as F
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
+from twins import progress_bar, refuse
 
 from hyperize import HyperizeError, HyperLSTM, hyperize, to_dense
 
@@ -580,11 +580,11 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
                 f"--seq-len is {needed:,}"
             )
     except (OSError, ValueError) as error:
-        parser.error(f"--text: {error}")
+        refuse(parser, f"--text: {error}")
     try:
         prompt = text.encode(args.prompt or text.decode(text.train[:1])).to(args.device)
     except ValueError as error:
-        parser.error(f"--prompt: {error}")
+        refuse(parser, f"--prompt: {error}")
     shared = {f.name: getattr(args, f.name) for f in fields(Recipe) if f.name != "text"}
     recipe = Recipe(digest, **shared)
     text = text.to(args.device)
@@ -598,12 +598,12 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
             if path.is_file():
                 load_run(runs[name], recipe, path, args.device)
     except (HyperizeError, OSError, ValueError) as error:
-        parser.error(str(error))
+        refuse(parser, error)
 
     try:
         results = train_all(runs, paths, text, recipe, prompt, args)
     except FloatingPointError as error:
-        parser.exit(1, f"{error}\n")
+        refuse(parser, error)
     except KeyboardInterrupt:
         kept = f"the same command goes on from {args.out}" if args.out else "nothing was kept"
         parser.exit(130, f"interrupted; {kept}\n")
@@ -630,12 +630,8 @@ def train_all(
     args: argparse.Namespace,
 ) -> list[Result]:
     """Trains the variants one after the other; on a terminal, under a progress bar."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     results = []
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as progress:
+    with progress_bar() as progress:
         tasks = {
             name: progress.add_task(name, total=recipe.steps, completed=run.step)
             for name, run in runs.items()

@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from paper import Run, experiment, make_parser, make_run, muon, positive, steps_per_epoch
 from torch import Tensor, nn
 from train_cifar import read
-from twins import Images, Result
+from twins import Images, Result, refuse
 
 from hyperize import HyperConfig, hyperize, param_groups, report
 
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     try:
         train, test = (half.to(args.device) for half in read(args.data_dir))
     except FileNotFoundError as error:
-        parser.error(f"--data-dir {error}")
+        refuse(parser, f"--data-dir {error}")
     torch.manual_seed(args.seed)
     try:
         dense = WideResNet(args.depth, args.width, int(train.labels.max()) + 1)

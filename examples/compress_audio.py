@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
         if started:
             resume(checkpoint, [run], settings)
     except (HyperizeError, OSError, ValueError) as error:
-        parser.error(str(error))
+        twins.refuse(parser, error)
     print(report(student), end="\n\n")
 
     sounds = subject.sounds(200, -1, args.device)
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
     exported.load_state_dict(load_file(dense))
     with torch.no_grad():
         if not torch.equal(exported(sounds), loaded(sounds)):
-            parser.exit(1, f"error: {dense} gives other outputs than the student\n")
+            twins.refuse(parser, f"{dense} gives other outputs than the student")
     print()
     print_table(stages)
     print(f"\n{small}: 1/{stages[0].size / stages[-1].size:.1f} of the teacher's bytes")

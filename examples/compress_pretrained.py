@@ -49,7 +49,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 from train_cifar import SIZES, create_model, read
-from twins import Images, predicted, steps_of, to_floats, train
+from twins import Images, predicted, refuse, steps_of, to_floats, train
 
 from hyperize import HyperizeError, fit_, hyperize, param_groups, report, save
 
@@ -427,7 +427,7 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
         settings = settings_of(args) | {"checkpoint": digest(teacher)}
         done = resume(checkpoint, [run], settings) if checkpoint.exists() else None
     except (HyperizeError, OSError, ValueError) as error:
-        parser.error(str(error))
+        refuse(parser, error)
     print(report(student), end="\n\n")
 
     taught = data.accuracy(data.predict(teacher))
@@ -453,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> list[Stage]:
     exported.load_state_dict(load_file(dense))
     predictions = data.predict(exported.to(args.device))
     if others := int((predictions != data.predict(student)).sum()):
-        parser.exit(1, f"error: {dense} gives other predictions for {others} test images\n")
+        refuse(parser, f"{dense} gives other predictions for {others} test images")
     reached = data.accuracy(predictions)
 
     def stage(name: str, accuracy: float, model: nn.Module, path: Path) -> Stage:

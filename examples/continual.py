@@ -37,7 +37,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from twins import Images, Twin, classified, shuffled, train
+from twins import Images, Twin, classified, refuse, shuffled, train
 
 from hyperize import condition, hyperize, make_plan, param_groups, report
 
@@ -315,8 +315,8 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
             halves = [train_mnist.read(args.data_dir, train) for train in (True, False)]
         else:
             halves = list(train_cifar.read(args.data_dir))
-    except (FileNotFoundError, RuntimeError) as error:
-        parser.error(f"--data-dir {args.data_dir} holds no {args.dataset}: {error}")
+    except FileNotFoundError as error:
+        refuse(parser, f"--data-dir {error}")
     tasks = split(*(half.to(args.device) for half in halves))
     outcomes = list(ways(args, tasks))
     print_table(outcomes)

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from paper import experiment, make_parser, make_run, positive, steps_per_epoch
 from torch import Tensor, nn
 from train_mnist import read
-from twins import Result
+from twins import Result, refuse
 
 from hyperize import HyperConfig, dense_state_dict, hyperize, report
 
@@ -151,9 +151,9 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         figure_class()  # found wanting now rather than after the training
         train, test = (read(args.data_dir, train).to(args.device) for train in (True, False))
     except ImportError as error:
-        parser.error(str(error))
-    except RuntimeError as error:  # torchvision's, whose advice is a download
-        parser.error(f"--data-dir {args.data_dir} is no root of torchvision's MNIST ({error})")
+        refuse(parser, error)
+    except FileNotFoundError as error:
+        refuse(parser, f"--data-dir {error}")
     torch.manual_seed(args.seed)
     # On a CPU, channels_last takes about 0.6 times the time
     dense = MnistNet().to(args.device).to(memory_format=torch.channels_last)

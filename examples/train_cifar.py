@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, ImageFolder
-from twins import Images, Result, classified, compare, make_parser, shuffled, steps_of
+from twins import Images, Result, classified, compare, make_parser, refuse, shuffled, steps_of
 
 LAYOUT = (
     "expected is torchvision's CIFAR10 (a folder cifar-10-batches-py), or train/CLASS/IMAGE and "
@@ -177,7 +177,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     try:
         train, test = (images.to(args.device) for images in read(args.data_dir))
     except FileNotFoundError as error:
-        parser.error(f"--data-dir {error}")
+        refuse(parser, f"--data-dir {error}")
     torch.manual_seed(args.seed)
     model = create_model(args.model, num_classes=int(train.labels.max()) + 1)
     batches = shuffled(train, args.batch_size, args.seed, pad=4, flip=True)

@@ -45,7 +45,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets import ImageFolder
-from twins import progress_bar
+from twins import progress_bar, refuse
 
 from hyperize import hyperize, param_groups, report, save
 
@@ -348,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> float:
         args.output.mkdir(parents=True, exist_ok=True)
         progress = resume(run, args.output, settings_of(run, args))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        refuse(parser, error)
     train(run, args, progress)
     if accelerator.is_main_process:
         save(accelerator.unwrap_model(run.model), args.output / "hyper.safetensors")

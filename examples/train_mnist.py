@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torchvision.datasets import MNIST
-from twins import Images, Result, classified, compare, make_parser, shuffled, steps_of
+from twins import Images, Result, classified, compare, make_parser, refuse, shuffled, steps_of
 
 
 class ConvNet(nn.Module):
@@ -42,7 +42,18 @@ def block(n_in: int, n_out: int) -> nn.Sequential:
 
 
 def read(root: Path, train: bool) -> Images:
-    dataset = MNIST(root, train=train)
+    """The training or the test set.
+
+    Raises:
+        FileNotFoundError: The folder does not hold it.
+    """
+    try:
+        dataset = MNIST(root, train=train)
+    except RuntimeError as error:  # torchvision's, whose advice is a download that it calls a flag
+        raise FileNotFoundError(
+            f"{root} does not hold MNIST; expected are the files "
+            "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte in it, unpacked"
+        ) from error
     return Images(dataset.data[:, None], dataset.targets)
 
 
@@ -70,9 +81,8 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     args = parser.parse_args(argv)
     try:
         train, test = (read(args.data_dir, train).to(args.device) for train in (True, False))
-    except RuntimeError as error:  # torchvision's error advises a download
-        files = "{train,t10k}-{images-idx3,labels-idx1}-ubyte"
-        parser.error(f"--data-dir {args.data_dir} has no MNIST/raw/{files} ({error})")
+    except FileNotFoundError as error:
+        refuse(parser, f"--data-dir {error}")
     torch.manual_seed(args.seed)
     batches = shuffled(train, args.batch_size, args.seed, pad=1)
     steps = steps_of(args, train)

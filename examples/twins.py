@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +204,14 @@ def make_parser(description: str, **defaults: Any) -> argparse.ArgumentParser:
     return parser
 
 
+def refuse(parser: argparse.ArgumentParser, reason: object) -> NoReturn:
+    """Ends a program whose flags are right but cannot be carried out, as `hyperize` itself does.
+
+    With one line on stderr and exit code 1; `parser.error` is for a wrong command line.
+    """
+    parser.exit(1, f"{parser.prog}: {' '.join(str(reason).split())}\n")
+
+
 def compare(
     dense: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -211,6 +219,7 @@ def compare(
     accuracy: Accuracy,
     args: argparse.Namespace,
     loss: Loss = F.cross_entropy,
+    targets: str | Sequence[str] = ("conv2d", "lstm"),
 ) -> tuple[nn.Module, list[Result]]:
     """Hyperizes a model, trains both twins, and prints the report and the final table.
 
@@ -221,6 +230,7 @@ def compare(
         accuracy: From a model in evaluation mode to the figure in the table.
         args: The flags of `make_parser`.
         loss: From the model's outputs and the targets.
+        targets: Kinds of layers whose weights are generated.
 
     Returns:
         The trained hyper twin, and the rows of the table.
@@ -229,7 +239,11 @@ def compare(
         args.out.parent.mkdir(parents=True, exist_ok=True)
     dense = dense.to(args.device).train()
     hyper = hyperize(
-        dense, compression=args.compression, factorized=args.factorized, seed=args.seed
+        dense,
+        compression=args.compression,
+        targets=targets,
+        factorized=args.factorized,
+        seed=args.seed,
     )
     print(report(hyper), end="\n\n")
     twins = (

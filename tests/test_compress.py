@@ -273,7 +273,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_stopped(script, flags, tmp_path, mo
 def test_a_run_is_known_by_its_flags_and_its_teacher(script, flags, trained, tmp_path, capsys):
     flags = [*flags, "--epochs", "1", "--fit-samples", "0"]
     script.main(flags)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         script.main([*flags, "--lr", "0.1"])
     assert "was made with {'lr': 0.003}, not {'lr': 0.1}" in capsys.readouterr().err
 
@@ -282,7 +282,7 @@ def test_a_run_is_known_by_its_flags_and_its_teacher(script, flags, trained, tmp
     script.main([*flags, "--checkpoint", str(moved)])
     assert "resumed after epoch 1" in capsys.readouterr().out
     torch.save(trained | {"linear.bias": trained["linear.bias"] + 1}, moved)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         script.main([*flags, "--checkpoint", str(moved)])
     assert "was made with {'checkpoint': '" in capsys.readouterr().err
 
@@ -351,7 +351,7 @@ def test_weights_of_timm(script, root, flags, tmp_path, monkeypatch, capsys):
 
     capsys.readouterr()
     pretrained = create("test_resnet")
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         script.main(flags)
     assert "outputs of the shape (1, 1000) for one image; --data-dir has 3" in _error(capsys)
 
@@ -379,7 +379,8 @@ def _error(capsys):
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_flags_that_are_wrong(options, error, script, flags, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
+    code = "2" if error.startswith("argument") else "1"
+    with pytest.raises(SystemExit, match=code):
         script.main([*flags, *options])
     assert error in _error(capsys)
     assert not (tmp_path / "out").exists()
@@ -391,7 +392,7 @@ def test_weights_have_to_be_named(script, flags, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.main(flags)
     assert "one of the arguments --checkpoint --pretrained is required" in _error(capsys)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         script.main([*flags, "--pretrained"])
     assert "--model tiny: timm has no weights of it; give a --checkpoint" in _error(capsys)
 
@@ -429,9 +430,9 @@ def test_files_that_are_not_the_weights(script, flags, trained, tmp_path, monkey
             "linear.weight has the shape (4, 64), needed is (3, 64)",
         ),
     ):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(SystemExit, match="1"):
             script.main([*flags, "--checkpoint", str(path)])
-        assert f"error: --checkpoint {error}" in _error(capsys)
+        assert f": --checkpoint {error}" in _error(capsys)
     assert not Path("trapped").exists()
 
 
@@ -439,7 +440,7 @@ def test_a_model_that_cannot_run_the_images(script, flags, tmp_path, capsys):
     name = "test_convnext"  # halves the sides five times
     path = tmp_path / "convnext.pt"
     torch.save(timm.create_model(name, num_classes=3).state_dict(), path)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         script.main([*flags, "--model", name, "--checkpoint", str(path)])
     assert "--model test_convnext cannot run images of the shape (3, 16, 16)" in _error(capsys)
 
@@ -451,7 +452,7 @@ def test_images_of_several_sizes(script, flags, tmp_path, capsys):
             folder.mkdir(parents=True)
             size = 9 if name == "red" else 8
             Image.new("RGB", (size, size)).save(folder / "0.png")
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         script.main([*flags, "--data-dir", str(tmp_path / "mixed")])
     assert f"--data-dir {tmp_path / 'mixed'}: all input arrays must have the same shape" in _error(
         capsys

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -31,6 +32,9 @@ README = ROOT / "README.md"
 CI = (ROOT / ".ci" / "run").read_text()
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = (ROOT / "examples", ROOT / "benchmarks")
+PROJECT = "https://github.com/hyperize/hyperize"
+RAW = "https://raw.githubusercontent.com/hyperize/hyperize"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 TOOLS = ("pytest", "ruff", "mypy")
 """Commands that CI runs as they stand in the documentation."""
 FENCE = re.compile(r"^( *)(```+|~~~+)(.*?)\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
@@ -61,10 +65,14 @@ def workplace(tmp_path, monkeypatch):
         randomise(timm.create_model("test_efficientnet"), 0).state_dict(),
         "test_efficientnet.safetensors",
     )
-    Path("images").mkdir()
+    create = timm.create_model
+    monkeypatch.setattr(  # a reader has a network; names and shapes are the same without
+        timm, "create_model", lambda name, pretrained=False, **options: create(name, **options)
+    )
+    Path("images", "some").mkdir(parents=True)
     for i in range(8):
         noise = torch.randint(256, (40, 50, 3), dtype=torch.uint8).numpy()
-        Image.fromarray(noise).save(f"images/{i}.png")
+        Image.fromarray(noise).save(f"images/some/{i}.png")
     yield
     hyperize.layers._SPECS.clear()
     hyperize.layers._SPECS.update(specs)
@@ -88,6 +96,8 @@ def test_blocks_run_in_order(path, workplace, capsys):
         elif language == "sh":
             for command in commands(code):
                 run(command)
+        elif language == "bibtex":  # see test_the_citation_is_of_this_version
+            pass
         else:
             pytest.fail(f"a block of {language!r}, which no test can run")
         printed = capsys.readouterr().out
@@ -130,8 +140,8 @@ def run(command):
         assert all(f"\n{extra} = [" in known for extra in (extras or "test").split(",")), place
     elif program in TOOLS:
         assert re.search(rf"(^|&& ){re.escape(shlex.join(command))}$", CI, re.MULTILINE), command
-    elif command[:3] == ["mkdocs", "build", "--strict"]:
-        assert set(args[2::2]) <= {"--site-dir"}  # it is run by the fixture `site`
+    elif command == ["zensical", "build", "--strict"]:
+        pass  # it is run by the fixture `site`
     else:
         pytest.fail(f"no test can run {shlex.join(command)!r}")
 
@@ -145,11 +155,13 @@ def parse_script(args):
     script, *argv = args
     if script == "-m":
         package, *argv = argv
-        script = f"{package}/__main__.py"
+        script = package.replace(".", "/")
+        script += ".py" if "." in package else "/__main__.py"
     path = ROOT / script
     assert path.is_file(), script
     assert path.parent in SCRIPTS, script
-    module = "benchmarks.__main__" if path.stem == "__main__" else path.stem
+    of_a_package = script.startswith("benchmarks/") and args[0] == "-m"
+    module = f"benchmarks.{path.stem}" if of_a_package else path.stem
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args):
@@ -170,6 +182,7 @@ def parse_script(args):
         "python examples/absent.py",
         "python -m benchmarks --slow",
         "python -m absent",
+        "python -m benchmarks.pictures --slow",
         "torchrun --nproc-per-node 2 examples/quickstart.py --modle resnet18",
         "accelerate launch --num_processes 2 examples/quickstart.py --modle resnet18",
         "pip install -e '.[absent]'",
@@ -226,6 +239,44 @@ def test_figures_are_the_same_everywhere():
     assert not {name: found for name, found in rows.items() if len(found) > 1}
 
 
+def test_figures_of_the_readme_are_in_the_docs():
+    """As they are, or with fewer digits."""
+    number = re.compile(r"(?<![\w.,])(?:\d+\.\d+|\d{1,3}(?:,\d{3})+)(?![\w.,]*\w)")
+    prose = re.sub(r"\]\([^)]*\)", "]", FENCE.sub("", README.read_text()))
+    known = {
+        value for path in (ROOT / "docs").glob("*.md") for value in number.findall(path.read_text())
+    }
+    floats = [float(value) for value in known if "," not in value]
+    rounded = {f"{value:.{digits}f}" for value in floats for digits in (1, 2)}
+    versions = set(re.findall(r"(?:torch|Python)\W*(\d+\.\d+)", prose))
+    found = set(number.findall(prose))
+    assert len(found) > 30
+    assert found - known - rounded - versions == set()
+
+
+def test_every_extra_is_in_the_readme():
+    project = (
+        (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    )
+    extras = re.findall(r"^(\w+) = \[", project.partition("\n[")[0], re.MULTILINE)
+    table = README.read_text().partition("| extra, ")[2].partition("\n\n")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == sorted(extras)
+
+
+def test_the_citation_is_of_this_version():
+    text = (ROOT / "CITATION.cff").read_text()
+    citation = dict(re.findall(r'^([\w-]+): "?(.+?)"?$', text, re.MULTILINE))
+    assert citation["cff-version"] == "1.2.0"
+    assert citation["version"] == hyperize.__version__
+    assert citation["message"]
+    (entry,) = re.findall(r"@software\{.*?\n\}", README.read_text(), re.DOTALL)
+    fields = dict(re.findall(r"(\w+) = \{+(.*?)\}+,?$", entry, re.MULTILINE))
+    assert fields["version"] == citation["version"]
+    assert fields["title"] == citation["title"]
+    assert f"authors:\n  - name: {fields['author']}\n" in text
+    assert fields["url"] == citation["url"] == PROJECT
+
+
 # -------------------------------------------------------------------------------------------- site
 class Page(HTMLParser):
     """What an HTML page links to, what it loads, and where one can link to."""
@@ -249,16 +300,21 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """The built site: its folder, and its pages by path."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", folder]
+    source = tmp_path_factory.mktemp("source")  # where the build leaves its cache
+    for name in ("docs", "hyperize"):
+        shutil.copytree(ROOT / name, source / name)
+    for name in ("mkdocs.yml", "CHANGELOG.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "zensical", "build", "--strict"]
     nowhere = dict.fromkeys(
         ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://[::1]:9"
     )
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | nowhere, capture_output=True, text=True
+        command, cwd=source, env=os.environ | nowhere, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert not re.search(r"^(WARNING|ERROR)", done.stderr, re.MULTILINE), done.stderr
+    assert "No issues found" in done.stdout + done.stderr, done.stderr
+    folder = source / "build" / "site"
     return folder, {path: Page(path.read_text()) for path in folder.rglob("*.html")}
 
 
@@ -298,14 +354,42 @@ def test_pages_load_nothing_from_elsewhere(site):
         assert not re.search(r"url\(\W?https?:|@import", style.read_text()), style
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+def test_the_search_works_from_a_folder(site):
+    """Opened as a file, without a server, and without a request to another host."""
+    from playwright.sync_api import sync_playwright
+
+    folder, _ = site
+    asked = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(60_000)
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((folder / "index.html").as_uri())
+        box = page.locator("input:focus")
+        for _ in range(60):  # until the page's script is ready
+            page.keyboard.press("Control+k")
+            page.wait_for_timeout(1000)
+            if box.count():
+                break
+        box.type("generated_l2")
+        page.locator("a[href*='api.html#hyperize.generated_l2']").first.wait_for()
+        browser.close()
+    assert not [url for url in asked if not url.startswith("file:")]
+
+
 @pytest.mark.parametrize("path", PAGES[:2], ids=page_id)
 def test_links_of_root_pages_resolve(path, site):
     folder, pages = site
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if path == README:  # relative links break on a package's page
+            assert urlsplit(link).scheme == "https", link
+        link = link.removeprefix(f"{PROJECT}/blob/main/").removeprefix(f"{RAW}/main/")
         url = urlsplit(link)
         if url.scheme:
             continue
-        assert (path.parent / url.path).is_file(), link
+        assert (ROOT / url.path).is_file(), link
         if url.fragment:
             assert url.fragment in pages[folder / f"{Path(url.path).stem}.html"].ids, link
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 import struct
 import subprocess
 import sys
@@ -127,9 +128,12 @@ def test_train_mnist_epochs_and_a_learning_rate_for_the_hyper_twin(example, mnis
 
 
 def test_train_mnist_says_what_is_missing(example, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         example("train_mnist").main(["--data-dir", str(tmp_path)])
-    assert "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"--data-dir {tmp_path} does not hold MNIST" in error
+    assert "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte" in error
+    assert error.count("\n") == 1
 
 
 @pytest.fixture
@@ -196,11 +200,105 @@ def test_train_cifar_keeps_the_decoded_images(example, cifar, monkeypatch):
 
 
 def test_train_cifar_says_what_it_expects(example, tmp_path, capsys):
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         example("train_cifar").main(["--data-dir", str(tmp_path)])
     error = capsys.readouterr().err
+    assert error.count("\n") == 1
     assert "cifar-10-batches-py" in error
     assert "train/CLASS/IMAGE" in error
+
+
+def test_cifar10_from_folders(example, cifar, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--data-dir", str(cifar), "--epochs", "4", "--out", str(out)]
+    accuracy = example("cifar10").main(flags)
+    assert f"test accuracy {accuracy:.2%}" in capsys.readouterr().out
+    student = hyperize.load_timm(out / "hyper.safetensors")
+    assert sum(p.numel() for p in student.parameters()) < 1.3e6
+    plain = timm.create_model("resnet18", num_classes=3)
+    plain.load_state_dict(load_file(out / "dense.safetensors"), strict=True)
+
+
+def test_cifar10_learns_and_downloads(example, tmp_path, monkeypatch, capsys):
+    script, asked = example("cifar10"), []
+
+    class Colours(torch.utils.data.Dataset):
+        """In the place of torchvision's: ten classes, each of one grey."""
+
+        classes = tuple("abcdefghij")
+
+        def __init__(self, root, train, transform, download=False):
+            asked.append((root, train, download))
+            self.transform = transform
+
+        def __len__(self):
+            return 200
+
+        def __getitem__(self, at):
+            grey = np.full((32, 32, 3), 25 * (at % 10), np.uint8)
+            return self.transform(Image.fromarray(grey)), at % 10
+
+    monkeypatch.setattr(script, "CIFAR10", Colours)
+    monkeypatch.setattr(script, "DataLoader", lambda data, size, shuffle=False, num_workers=0: (
+        torch.utils.data.DataLoader(data, 40, shuffle)  # a class of a test goes to no other process
+    ))  # fmt: skip
+    flags = ["--data-dir", str(tmp_path), "--download", "--epochs", "4", "--out"]
+    script.main([*flags, str(tmp_path / "out")])
+    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert losses[-1] < 0.6 * losses[0]
+    assert asked == [(tmp_path, True, True), (tmp_path, False, False)]
+
+
+def test_cifar10_says_what_is_missing(example, tmp_path, capsys):
+    (tmp_path / "half" / "train" / "red").mkdir(parents=True)
+    for folder in (tmp_path / "nowhere", tmp_path / "half"):
+        with pytest.raises(SystemExit, match="1"):
+            example("cifar10").main(["--data-dir", str(folder), "--out", str(tmp_path / "out")])
+        captured = capsys.readouterr()
+        assert f"--data-dir {folder} has neither CIFAR-10 (--download fetches it)" in captured.err
+        assert captured.err.count("\n") == 1
+        assert not captured.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_model(example, tmp_path, capsys):
+    script = example("own_model")
+    untrained = script.overlap(script.UNet(), *script.scenes(50))
+    reached = script.main(["--steps", "40", "--out", str(tmp_path)])
+    assert reached > max(0.5, 2 * untrained)
+    out = capsys.readouterr().out
+    assert "conv_transpose2d" in out
+    assert "100" not in out.partition("loss")[2]
+    assert hyperize.load(script.UNet(), tmp_path / "unet.safetensors").hypernet
+
+
+def test_own_model_scenes_show_their_disks(example):
+    torch.manual_seed(0)
+    images, disks = example("own_model").scenes(50)
+    assert images.shape == disks.shape == (50, 1, 32, 32)
+    assert 0.02 < disks.mean() < 0.3
+    inside, outside = images[disks > 0], images[disks == 0]
+    assert inside.mean() == pytest.approx(1, abs=0.1)  # noise of unit variance over thousands
+    assert outside.mean() == pytest.approx(0, abs=0.1)
+
+
+def test_transformer(example, capsys):
+    dense, hyper = example("transformer").main(["--steps", "40", "--batch-size", "16"])
+    assert hyper.params < dense.params / 8
+    assert min(dense.accuracy, hyper.accuracy) > 0.15  # one of ten digits, by chance 0.1
+    captured = capsys.readouterr()
+    assert "encoder.layers.2.linear2" in captured.out
+    assert "attention" in captured.out
+    assert not captured.err
+
+
+def test_transformer_sequences_are_sorted(example):
+    script = example("transformer")
+    digits, target = next(script.sequences(8, 0, "cpu"))
+    assert digits.shape == target.shape == (8, script.LENGTH)
+    assert (target.diff(dim=1) >= 0).all()
+    for given, in_order in zip(digits, target, strict=True):
+        assert torch.equal(given.bincount(minlength=10), in_order.bincount(minlength=10))
 
 
 def test_batches_hold_every_image_once_per_epoch(example):
@@ -284,6 +382,8 @@ def test_the_penalty_of_continual_holds_the_weights_of_earlier_tasks(example, mn
 
 def test_continual_says_what_is_missing(example, tmp_path, capsys):
     for dataset in ("mnist", "cifar10"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match="1"):
             example("continual").main(["--data-dir", str(tmp_path), "--dataset", dataset])
-        assert f"holds no {dataset}" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert f"--data-dir {tmp_path} " in error
+        assert error.count("\n") == 1

@@ -295,14 +295,14 @@ def test_kernels_are_drawn_in_their_places(mnist):
 
 def test_a_missing_matplotlib_is_found_before_the_training(mnist, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="1"):
         mnist.main(MNIST)
     assert "pip install 'hyperize[plot]'" in capsys.readouterr().err
 
 
 def test_missing_data(example, tmp_path, capsys):
     for name in ("mnist_paper", "cifar_wrn_paper"):
-        with pytest.raises(SystemExit, match="2"):
+        with pytest.raises(SystemExit, match="1"):
             example(name).main(["--data-dir", str(tmp_path)])
         assert f"--data-dir {tmp_path}" in capsys.readouterr().err
 
