@@ -222,6 +222,11 @@ def suspend(path: Path, runs: Sequence[Run], settings: dict[str, Any], epochs: i
             for run in runs
         ],
     }
+    write_checkpoint(path, state)
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes a checkpoint beside its place and moves it there."""
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
         torch.save(state, file)
@@ -230,11 +235,8 @@ def suspend(path: Path, runs: Sequence[Run], settings: dict[str, Any], epochs: i
     part.replace(path)
 
 
-def resume(path: Path, runs: Sequence[Run], settings: dict[str, Any]) -> int:
-    """Brings the runs to where a checkpoint left them.
-
-    Returns:
-        The epochs that are done.
+def read_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What `write_checkpoint` wrote, if its entry `settings` is the one given.
 
     Raises:
         ValueError: The checkpoint was made with other settings.
@@ -249,6 +251,19 @@ def resume(path: Path, runs: Sequence[Run], settings: dict[str, Any]) -> int:
         raise ValueError(
             f"{path} was made with {theirs}, not {ours}; choose another --out, or delete it"
         )
+    return state
+
+
+def resume(path: Path, runs: Sequence[Run], settings: dict[str, Any]) -> int:
+    """Brings the runs to where a checkpoint left them.
+
+    Returns:
+        The epochs that are done.
+
+    Raises:
+        ValueError: The checkpoint was made with other settings.
+    """
+    state = read_checkpoint(path, settings)
     for run, saved in zip(runs, state["runs"], strict=True):
         run.model.load_state_dict(saved["model"])
         run.optimizer.load_state_dict(saved["optimizer"])
