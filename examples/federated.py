@@ -52,20 +52,20 @@ from torch import Tensor, nn
 from train_cifar import read
 from twins import Images, classified, progress_bar, to_floats
 
-from hyperize import condition, hyperize, to_dense
+from hyperize import condition, hyperize, make_plan, to_dense
 
 CLIENTS = 20
 CLASSES = 2
 """Of a client."""
 HELD_OUT = 5
 """One of so many training images of a client is held out when learning rates are chosen."""
-RATES = {"generated": 0.01, "FedAvg": 0.01, "FedAvg, own heads": 0.02, "local": 0.02}
+RATES = {"generated": 0.01, "FedAvg": 0.02, "FedAvg, own heads": 0.01, "local": 0.02}
 """Learning rates of the clients in each way."""
 GRID = (0.005, 0.01, 0.02, 0.04)
 """Those that `--tune` tries."""
 CHECKPOINT = "checkpoint.pt"
-ROUNDS = 25
-"""From one checkpoint to the next."""
+STEPS = 500
+"""From one checkpoint to the next, at least."""
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,26 @@ class Outcome:
 
 
 class Network(nn.Module):
-    """Two convolutions and three linear layers, as those of Shamsian et al."""
+    """Features, and a head of one linear layer."""
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, features: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            *(nn.Conv2d(3, 16, 5), nn.MaxPool2d(2), nn.ReLU()),
-            *(nn.Conv2d(16, 32, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()),
-            *(nn.Linear(32 * 5 * 5, 120), nn.ReLU()),
-            *(nn.Linear(120, 84), nn.ReLU()),
-        )
-        self.head = nn.Linear(84, classes)
+        self.features, self.head = features, head
 
     def forward(self, images: Tensor) -> Tensor:  # noqa: D102
-        return self.head(self.features(images))
+        scores: Tensor = self.head(self.features(images))
+        return scores
+
+
+def make_network(classes: int) -> Network:
+    """Two convolutions and three linear layers, as those of Shamsian et al."""
+    features = nn.Sequential(
+        *(nn.Conv2d(3, 16, 5), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(32 * 5 * 5, 120), nn.ReLU()),
+        *(nn.Linear(120, 84), nn.ReLU()),
+    )
+    return Network(features, nn.Linear(84, classes))
 
 
 Visit = tuple[int, Network, Network]
@@ -143,6 +149,9 @@ class Way(nn.Module):
 
     clients_per_round = 1
 
+    def __init__(self, start: Network, args: argparse.Namespace) -> None:
+        super().__init__()
+
     def network(self, k: int) -> Network:
         """The network of a client, as the client gets it."""
         raise NotImplementedError
@@ -156,11 +165,13 @@ class Local(Way):
     """A network for each client, which no other one sees."""
 
     def __init__(self, start: Network, args: argparse.Namespace) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(copy.deepcopy(start) for _ in range(CLIENTS))
+        super().__init__(start, args)
+        self.networks = copies(start)
 
     def network(self, k: int) -> Network:  # noqa: D102
-        return copy.deepcopy(self.networks[k])
+        own = copy.deepcopy(self.networks[k])
+        assert isinstance(own, Network)
+        return own
 
     def receive(self, visits: list[Visit]) -> None:  # noqa: D102
         for k, _, after in visits:
@@ -168,56 +179,44 @@ class Local(Way):
 
 
 class FedAvg(Way):
-    """One network for all, but for the heads, if they are the clients' own."""
+    """One network for all."""
 
-    clients_per_round = 5
+    clients_per_round = CLIENTS
 
-    def __init__(
-        self, start: Network, args: argparse.Namespace, *, own_heads: bool = False
-    ) -> None:
-        super().__init__()
+    def __init__(self, start: Network, args: argparse.Namespace) -> None:
+        super().__init__(start, args)
         self.shared = copy.deepcopy(start)
-        self.heads = nn.ModuleList()
-        if own_heads:
-            self.heads.extend(copy.deepcopy(start.head) for _ in range(CLIENTS))
-            self.shared.head = nn.Identity()
 
     def network(self, k: int) -> Network:  # noqa: D102
-        network = copy.deepcopy(self.shared)
-        if self.heads:
-            network.head = copy.deepcopy(self.heads[k])
-        return network
+        return copy.deepcopy(self.shared)
 
     def receive(self, visits: list[Visit]) -> None:  # noqa: D102
         average(dict(self.shared.named_parameters()), [after for _, _, after in visits])
-        if self.heads:
-            for k, _, after in visits:
-                self.heads[k].load_state_dict(after.head.state_dict())
 
 
-@torch.no_grad()
-def average(params: dict[str, nn.Parameter], networks: Sequence[nn.Module]) -> None:
-    """Sets parameters to the means of those of the same names in networks."""
-    own = [dict(network.named_parameters()) for network in networks]
-    for name, param in params.items():
-        param.copy_(torch.stack([by_name[name] for by_name in own]).mean(0))
-
-
-class OwnHeads(FedAvg):
-    """FedAvg, but for the heads; better with one client a round than with five."""
-
-    clients_per_round = 1
+class OwnHeads(Way):
+    """The same features for all, and heads that stay on their clients."""
 
     def __init__(self, start: Network, args: argparse.Namespace) -> None:
-        super().__init__(start, args, own_heads=True)
+        super().__init__(start, args)
+        self.features = copy.deepcopy(start.features)
+        self.heads = copies(start.head)
+
+    def network(self, k: int) -> Network:  # noqa: D102
+        return Network(copy.deepcopy(self.features), copy.deepcopy(self.heads[k]))
+
+    def receive(self, visits: list[Visit]) -> None:  # noqa: D102
+        average(dict(self.features.named_parameters()), [after.features for _, _, after in visits])
+        for k, _, after in visits:
+            self.heads[k].load_state_dict(after.head.state_dict())
 
 
 class Generated(Way):
     """A generator and a vector for each client on the server, and heads on the clients."""
 
     def __init__(self, start: Network, args: argparse.Namespace) -> None:
-        super().__init__()
-        self.hyper = hyperize(
+        super().__init__(start, args)
+        plan = make_plan(
             start.features,
             condition_dim=args.vector,
             compression=args.compression,
@@ -226,12 +225,13 @@ class Generated(Way):
             share=True,  # all clients start equal, as in the other ways
             seed=0,
         )
+        self.hyper = hyperize(start.features, plan)
         self.vectors = nn.Parameter(torch.randn(CLIENTS, args.vector))
-        self.heads = nn.ModuleList(copy.deepcopy(start.head) for _ in range(CLIENTS))
-        self.weights = [planned.site.name for planned in self.hyper.hypernet.plan.sites]
-        names = {name for name, _ in start.features.named_parameters()} - set(self.weights)
+        self.heads = copies(start.head)
+        self.weights = [planned.site.name for planned in plan.sites]
         params = dict(self.hyper.named_parameters())
-        self.biases = {name: params.pop(name) for name in names}
+        biases = [name for name, _ in start.features.named_parameters() if name not in self.weights]
+        self.biases = {name: params.pop(name) for name in biases}
         self.optimizer = torch.optim.Adam([self.vectors, *params.values()], args.lr)
 
     def get_extra_state(self) -> dict[str, Any]:  # noqa: D102
@@ -241,10 +241,8 @@ class Generated(Way):
         self.optimizer.load_state_dict(state)
 
     def network(self, k: int) -> Network:  # noqa: D102
-        network = Network(self.heads[k].out_features)
-        network.features = to_dense(self.hyper, condition=self.vectors[k].detach())
-        network.head = copy.deepcopy(self.heads[k])
-        return network
+        features = to_dense(self.hyper, condition=self.vectors[k].detach())
+        return Network(features, copy.deepcopy(self.heads[k]))
 
     def receive(self, visits: list[Visit]) -> None:
         """Pulls what has changed in the weights back through the generator."""
@@ -262,7 +260,21 @@ class Generated(Way):
     def _weight(self, name: str) -> Tensor:
         """A weight of the network that the condition names."""
         path, _, param = name.rpartition(".")
-        return getattr(self.hyper.get_submodule(path), param)
+        weight: Tensor = getattr(self.hyper.get_submodule(path), param)
+        return weight
+
+
+def copies(module: nn.Module) -> nn.ModuleList:
+    """One for each client."""
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(CLIENTS))
+
+
+@torch.no_grad()
+def average(params: dict[str, nn.Parameter], networks: Sequence[nn.Module]) -> None:
+    """Sets parameters to the means of those of the same names in networks."""
+    own = [dict(network.named_parameters()) for network in networks]
+    for name, param in params.items():
+        param.copy_(torch.stack([by_name[name] for by_name in own]).mean(0))
 
 
 WAYS: dict[str, type[Way]] = {
@@ -361,13 +373,13 @@ def trained(
         keep: Takes all that is needed to go on.
     """
     torch.manual_seed(job.seed)
-    start = Network(1 + max(int(client.train.labels.max()) for client in clients))
+    start = make_network(1 + max(int(client.train.labels.max()) for client in clients))
     way = WAYS[job.way](start, args).to(args.device)
     rounds = rounds_of(job, way.clients_per_round, args)
     steps = args.steps
     if isinstance(way, Local):  # who waits for nobody takes all steps at once
         rounds, steps = [[k] for k in range(CLIENTS)], steps * (args.visits // CLIENTS)
-    done = 0
+    done = since = 0
     if running is not None:
         way.load_state_dict(running["way"])
         done = running["rounds"]
@@ -383,7 +395,9 @@ def trained(
             visits.append((k, before, after))
         way.receive(visits)
         progress.update(task, advance=1)
-        if (number + 1) % ROUNDS == 0:
+        since += len(visits) * steps
+        if since >= STEPS:
+            since = 0
             keep({"job": asdict(job), "rounds": number + 1, "way": way.state_dict()})
     with torch.no_grad():
         accuracies = [
@@ -518,8 +532,8 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
     settings = {n: v for n, v in settings_of(args).items() if n not in ("seeds", "tune")}
     state: dict[str, Any] = {"settings": settings, "outcomes": [], "running": None}
     try:
-        sets = tuple(half.to(args.device) for half in read(args.data_dir))
-        divided(*sets, 0)  # found wanting now rather than in the middle
+        train, test = (half.to(args.device) for half in read(args.data_dir))
+        divided(train, test, 0)  # found wanting now rather than in the middle
     except (FileNotFoundError, ValueError) as error:
         parser.error(f"--data-dir {error}")
     try:
@@ -533,14 +547,14 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
         rates = RATES
         if args.tune:
             jobs = [Job(way, args.seeds[0], rate, True) for way in WAYS for rate in GRID]
-            tuned = outcomes_of(jobs, sets, args, state)
+            tuned = outcomes_of(jobs, (train, test), args, state)
             print_tuning(tuned)
             best = {
                 way: max(rows, key=lambda row: row.mean) for way, rows in grouped(tuned).items()
             }
             rates = {way: row.job.rate for way, row in best.items()}
         jobs = [Job(way, seed, rates[way]) for seed in args.seeds for way in WAYS]
-        outcomes = outcomes_of(jobs, sets, args, state)
+        outcomes = outcomes_of(jobs, (train, test), args, state)
     except KeyboardInterrupt:
         parser.exit(130, f"interrupted; the same command goes on from {args.out}\n")
     print_table(outcomes)

@@ -77,8 +77,9 @@ def test_each_client_has_two_classes_and_no_image_is_given_twice(federated, seed
 
 
 def test_a_division_that_does_not_come_out_even_is_refused(federated):
-    with pytest.raises(ValueError, match="divides 40, such as 10; got 3"):
-        federated.divided(*[made_images(federated, 3, 50)] * 2, 0)
+    for classes in (5, 6):  # odd, and no divisor of 40
+        with pytest.raises(ValueError, match=f"divides 40, such as 10; got {classes}"):
+            federated.divided(*[made_images(federated, classes, 50)] * 2, 0)
     with pytest.raises(ValueError, match="at least 20 training images; class 0 has 19"):
         federated.divided(*[made_images(federated, 10, 19)] * 2, 0)
 
@@ -87,7 +88,7 @@ def test_the_server_gets_the_gradient_that_the_client_has(federated):
     """After one plain step, what is pulled back is its rate times the end-to-end gradient."""
     torch.manual_seed(0)
     args = argparse.Namespace(vector=3, compression=1.5, lr=1e-3)
-    way = federated.Generated(federated.Network(4), args)
+    way = federated.Generated(federated.make_network(4), args)
     with torch.no_grad():  # no longer at the start, where the weights do not depend on the vector
         for param in way.hyper.parameters():
             param.add_(0.01 * torch.randn_like(param))
@@ -120,7 +121,7 @@ def test_the_server_gets_the_gradient_that_the_client_has(federated):
 @pytest.mark.parametrize("name", ["generated", "FedAvg, own heads"])
 def test_heads_stay_on_their_clients(federated, name):
     args = argparse.Namespace(vector=3, compression=1.5, lr=1e-3)
-    way = federated.WAYS[name](federated.Network(4), args)
+    way = federated.WAYS[name](federated.make_network(4), args)
     others = way.network(7).head.weight.clone()
     before = way.network(2)
     after = copy.deepcopy(before)
@@ -134,7 +135,7 @@ def test_heads_stay_on_their_clients(federated, name):
 
 
 def test_fedavg_is_the_mean(federated):
-    way = federated.FedAvg(federated.Network(4), argparse.Namespace())
+    way = federated.FedAvg(federated.make_network(4), argparse.Namespace())
     visits = []
     for k in range(3):
         before = way.network(k)
@@ -149,18 +150,18 @@ def test_fedavg_is_the_mean(federated):
 
 
 def test_clients_alone_do_not_see_each_other(federated):
-    way = federated.Local(federated.Network(4), argparse.Namespace())
-    before = way.network(0)
+    way = federated.Local(federated.make_network(4), argparse.Namespace())
+    before = way.network(3)
     after = copy.deepcopy(before)
     with torch.no_grad():
         after.head.bias.add_(1)
-    way.receive([(0, before, after)])
-    assert torch.equal(way.network(0).head.bias, after.head.bias)
-    assert torch.equal(way.network(1).head.bias, before.head.bias)
+    way.receive([(3, before, after)])
+    assert torch.equal(way.network(3).head.bias, after.head.bias)
+    assert torch.equal(way.network(0).head.bias, before.head.bias)
 
 
 def test_it_learns_and_reports(federated, cifar, tmp_path, capsys):
-    flags = ["--data-dir", str(cifar), "--out", str(tmp_path), "--visits", "120", "--steps", "10"]
+    flags = ["--data-dir", str(cifar), "--out", str(tmp_path), "--visits", "80", "--steps", "10"]
     rows = federated.main([*flags, "--batch-size", "8"])
     by_way = {row.job.way: row for row in rows}
     assert list(by_way) == ["generated", "FedAvg", "FedAvg, own heads", "local"]
@@ -180,11 +181,19 @@ def test_it_learns_and_reports(federated, cifar, tmp_path, capsys):
 
 
 def test_a_run_that_was_interrupted_goes_on(federated, cifar, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(federated, "ROUNDS", 7)
+    monkeypatch.setattr(federated, "STEPS", 42)  # 7 visits; 4 of those of local training
     flags = ["--data-dir", str(cifar), *QUICK]
+    visit, classified, calls, judged = federated.visit, federated.classified, [], []
+
+    def recorded(model, images):
+        judged.append([param.sum().item() for param in model.parameters()])
+        return classified(model, images)
+
+    monkeypatch.setattr(federated, "classified", recorded)
     whole = federated.main([*flags, "--out", str(tmp_path / "whole")])
-    visit, calls = federated.visit, []
-    for limit in (17, 20, 100):  # in the middle of three ways
+    networks = judged.copy()
+    judged.clear()
+    for limit in (17, 20, 100):  # twice in the first way, once in the last
         calls.clear()
 
         def interrupted(*given, limit=limit):
@@ -197,13 +206,11 @@ def test_a_run_that_was_interrupted_goes_on(federated, cifar, tmp_path, monkeypa
         with pytest.raises(SystemExit, match="130"):
             federated.main([*flags, "--out", str(tmp_path / "parts")])
         assert "the same command goes on" in capsys.readouterr().err
-        if limit == 100:
-            break
     calls.clear()
     monkeypatch.setattr(federated, "visit", lambda *given: (calls.append(given), visit(*given)))
-    parts = federated.main([*flags, "--out", str(tmp_path / "parts")])
-    assert parts == whole
-    assert 0 < len(calls) < 40
+    assert federated.main([*flags, "--out", str(tmp_path / "parts")]) == whole
+    assert judged == networks
+    assert len(calls) == 20 - 8
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         federated.main([*flags, "--steps", "9", "--out", str(tmp_path / "parts")])
@@ -228,6 +235,8 @@ def test_rates_are_chosen_without_a_look_at_test_images(
     federated, cifar, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(federated, "GRID", (1e-6, 0.01))
+    two = {name: federated.WAYS[name] for name in ("generated", "local")}
+    monkeypatch.setattr(federated, "WAYS", two)
     test = federated.read(cifar)[1]
     trained, classified, looked = federated.trained, federated.classified, []
 
@@ -240,11 +249,11 @@ def test_rates_are_chosen_without_a_look_at_test_images(
     monkeypatch.setattr(
         federated, "trained", lambda job, *rest: (jobs.append(job), trained(job, *rest))[1]
     )
-    flags = ["--data-dir", str(cifar), "--out", str(tmp_path), "--visits", "80", "--tune"]
+    flags = ["--data-dir", str(cifar), "--out", str(tmp_path), "--visits", "40", "--tune"]
     federated.main([*flags, "--steps", "10", "--batch-size", "8"])
-    assert [job.tuning for job in jobs] == [True] * 8 + [False] * 4
-    assert looked == [False] * 160 + [True] * 80
-    assert {job.way: job.rate for job in jobs[8:]}["local"] == 0.01  # with the other nothing learns
+    assert [job.tuning for job in jobs] == [True] * 4 + [False] * 2
+    assert looked == [False] * 80 + [True] * 40
+    assert [job.rate for job in jobs[4:]] == [0.01] * 2  # with the other nothing is learnt
     assert "held-out images" in capsys.readouterr().out
 
 
