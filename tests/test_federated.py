@@ -180,6 +180,7 @@ def test_it_learns_and_reports(federated, cifar, tmp_path, capsys):
     assert [row["accuracies"] for row in kept] == [row.accuracies for row in rows]
 
 
+@pytest.mark.long
 def test_a_run_that_was_interrupted_goes_on(federated, cifar, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(federated, "STEPS", 42)  # 7 visits; 4 of those of local training
     flags = ["--data-dir", str(cifar), *QUICK]
@@ -217,8 +218,9 @@ def test_a_run_that_was_interrupted_goes_on(federated, cifar, tmp_path, monkeypa
     assert "{'steps': 6}, not {'steps': 9}" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_further_seeds_join_the_table(federated, cifar, tmp_path, monkeypatch, capsys):
-    flags = ["--data-dir", str(cifar), *QUICK, "--out", str(tmp_path)]
+    flags = ["--data-dir", str(cifar), *QUICK, "--visits", "20", "--out", str(tmp_path)]
     first = federated.main(flags)
     seeds = set()
     trained = federated.trained
@@ -231,6 +233,7 @@ def test_further_seeds_join_the_table(federated, cifar, tmp_path, monkeypatch, c
     assert "±" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_rates_are_chosen_without_a_look_at_test_images(
     federated, cifar, tmp_path, monkeypatch, capsys
 ):
