@@ -26,8 +26,8 @@ visits to each client. The folder `--out` receives
     results.json     the accuracies of all clients
     clients.png      the same as a plot, if matplotlib is installed
 
-The clients' learning rates in `RATES` were chosen with `--tune`, which trains on four fifths of the
-clients' training images and judges by the rest. Test images are looked at once, at the end.
+The clients' learning rates in `RATES` were chosen as `--tune` does it, which trains on four fifths
+of the clients' training images and judges by the rest. Test images are looked at once, at the end.
 """
 
 from __future__ import annotations
@@ -485,10 +485,12 @@ def draw(outcomes: Sequence[Outcome], title: str, path: Path) -> None:
     for way, rows in grouped(outcomes).items():
         ranked = zip(*(sorted(row.accuracies) for row in rows), strict=True)
         means = [100 * statistics.fmean(values) for values in ranked]
-        axes.plot(range(1, CLIENTS + 1), means, marker=".", label=f"{way}, {rows[0].params:,}")
+        label = f"{way}: {statistics.fmean(means):.1f}, {rows[0].params:,}"
+        axes.plot(range(1, CLIENTS + 1), means, marker=".", label=label)
     axes.set(xlabel="clients, worst to best", ylabel="accuracy on their classes (%)", title=title)
+    axes.set_ylim(bottom=100 / CLASSES)  # one network for all is mostly below a guess
     axes.set_xticks(range(1, CLIENTS + 1))
-    axes.legend(frameon=False, fontsize=8, title="parameters of all networks")
+    axes.legend(frameon=False, fontsize=8, title="mean, parameters of all networks")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)

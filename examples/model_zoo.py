@@ -115,7 +115,7 @@ def changed(images: Images, name: str) -> Images:
 
 def fine_tuned(start: nn.Module, images: Images, name: str, args: argparse.Namespace) -> nn.Module:
     """The start, trained on."""
-    model = copy.deepcopy(start).train()
+    model = copy.deepcopy(start).to(memory_format=torch.channels_last).train()  # faster on a CPU
     twin = make_twin("dense", model, args.lr, 0.01, args.steps)
     batches = shuffled(images, args.batch_size, args.seed, pad=4, flip=True)
 
@@ -321,13 +321,13 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         help="folder of the results; a run found there is resumed (default: %(default)s)",
     )
     flag("--model", choices=SIZES, default="resnet20", help="of the start (default: %(default)s)")
-    flag("--steps", type=positive, default=150, metavar="N", help="of a network (%(default)s)")
-    flag("--batch-size", type=positive, default=128, metavar="N", help="(default: %(default)s)")
+    flag("--steps", type=positive, default=100, metavar="N", help="of a network (%(default)s)")
+    flag("--batch-size", type=positive, default=64, metavar="N", help="(default: %(default)s)")
     flag("--lr", type=float, default=2e-3, help="peak of the rate (default: %(default)s)")
     flag(
         "--test-images",
         type=positive,
-        default=2000,
+        default=1000,
         metavar="N",
         help="that judge a network, drawn at random (default: %(default)s)",
     )
