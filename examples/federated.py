@@ -50,9 +50,9 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from train_cifar import read
-from twins import Images, classified, progress_bar, to_floats
+from twins import Images, classified, progress_bar, refuse, to_floats
 
-from hyperize import condition, hyperize, make_plan, to_dense
+from hyperize import HyperizeError, condition, hyperize, make_plan, to_dense
 
 CLIENTS = 20
 CLASSES = 2
@@ -537,14 +537,15 @@ def main(argv: Sequence[str] | None = None) -> list[Outcome]:
         train, test = (half.to(args.device) for half in read(args.data_dir))
         divided(train, test, 0)  # found wanting now rather than in the middle
     except (FileNotFoundError, ValueError) as error:
-        parser.error(f"--data-dir {error}")
+        refuse(parser, f"--data-dir {error}")
     try:
+        Generated(make_network(1 + int(train.labels.max())), args)
         args.out.mkdir(parents=True, exist_ok=True)
         if (checkpoint := args.out / CHECKPOINT).exists():
             state = read_checkpoint(checkpoint, settings)
             print(f"resumed with {len(state['outcomes'])} trainings done: {checkpoint}")
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    except (HyperizeError, OSError, ValueError) as error:
+        refuse(parser, error)
     try:
         rates = RATES
         if args.tune:

@@ -40,9 +40,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import Normalize
 from train_cifar import SIZES, ResNet, read
-from twins import Images, make_twin, predicted, shuffled, train
+from twins import Images, make_twin, predicted, refuse, shuffled, train
 
-from hyperize import fit_, hyperize, load, report, save, to_dense
+from hyperize import (
+    HyperConfig,
+    HyperizeError,
+    fit_,
+    hyperize,
+    load,
+    make_plan,
+    report,
+    save,
+    to_dense,
+)
 from hyperize.rounding import decode, encode, is_matrix
 
 NORMALISE = Normalize(
@@ -209,18 +219,22 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * root, root[:, None] * v[:rank]
 
 
-def generated(
-    start: nn.Module, zoo: Sequence[nn.Module], out: Path, args: argparse.Namespace
-) -> Stored:
-    """One generator for all, fitted to their weights."""
-    hyper = hyperize(
-        start,
-        conditions=len(zoo),
+def request(args: argparse.Namespace) -> HyperConfig:
+    """What the one generator is to be."""
+    return HyperConfig(
+        conditions=len(VARIANTS),
         compression=args.compression,
         embeddings="channel",
         private=("conv1", "linear"),
         seed=args.seed,
     )
+
+
+def generated(
+    start: nn.Module, zoo: Sequence[nn.Module], out: Path, args: argparse.Namespace
+) -> Stored:
+    """One generator for all, fitted to their weights."""
+    hyper = hyperize(start, request(args))
     print(report(hyper), end="\n\n")
     print(fit_(hyper, zoo), end="\n\n")
     path = out / "zoo.safetensors"
@@ -347,15 +361,16 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     try:
         images, test = (half.to(args.device) for half in read(args.data_dir))
     except FileNotFoundError as error:
-        parser.error(f"--data-dir {error}")
+        refuse(parser, f"--data-dir {error}")
     start = ResNet(SIZES[args.model], int(images.labels.max()) + 1)
     try:
         fill(start, args.checkpoint)
+        make_plan(start, request(args))  # found wanting now rather than after the training
         args.out.mkdir(parents=True, exist_ok=True)
         start = start.to(args.device).eval()
         zoo = fine_tuned_zoo(start, images, args)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+    except (HyperizeError, OSError, ValueError) as error:
+        refuse(parser, error)
     except KeyboardInterrupt:
         parser.exit(130, f"interrupted; the same command goes on from {args.out}\n")
     generator = torch.Generator().manual_seed(0)

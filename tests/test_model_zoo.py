@@ -145,14 +145,23 @@ def test_model_zoo(zoo, root, monkeypatch, capsys):
     assert f"{by_name['dense, 8 bits'].size:,}" in captured.out
     assert not captured.err
     assert (root / "out" / "zoo.png").read_bytes()[1:4] == b"PNG"
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit, match="^1$"):
         zoo.main([*flags, "--steps", "13"])
     assert "{'steps': 12}, not {'steps': 13}" in capsys.readouterr().err
 
 
 def test_model_zoo_says_what_is_missing(zoo, root, capsys):
-    for data, message in ((root / "absent", "known layout"), (root / "data", "no such file")):
-        with pytest.raises(SystemExit, match="2"):
-            zoo.main(["--data-dir", str(data), "--checkpoint", "x", "--out", str(root / "out")])
-        assert message in capsys.readouterr().err
+    start = root / "start.safetensors"
+    save_file(zoo.ResNet(1, 2).state_dict(), start)
+    for data, checkpoint, more, message in (
+        ("absent", start, [], "holds no images in a known layout"),
+        ("data", root / "absent", [], "no such file"),
+        ("data", start, ["--compression", "1e6"], "cannot be met"),
+    ):
+        flags = ["--data-dir", str(root / data), "--checkpoint", str(checkpoint), *more]
+        with pytest.raises(SystemExit, match="^1$"):
+            zoo.main([*flags, "--out", str(root / "out")])
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
         assert not (root / "out").exists()
