@@ -9,7 +9,8 @@ stored, and what is read back from the files is judged again:
     dense                  a file for each network, of float32 or of 8 bits
     start and differences  the start, and for each network what it differs by, each weight as a
                            product of two matrices of low rank (truncated SVD), all in 8 bits
-    one generator          one hyperize file for all, `fit_` to the networks' weights, in 8 bits
+    start and generator    the start, and one hyperize file of all differences, by `fit_`, in 8 bits
+    one generator          one hyperize file of the whole networks, in 8 bits
 
 8 bits are hyperize's rounding, row by row, in all of them; vectors are float16. `--data-dir` is as
 of train_cifar.py, `--checkpoint` as of compress_pretrained.py. The folder `--out` receives the
@@ -45,6 +46,7 @@ from twins import Images, make_twin, predicted, refuse, shuffled, train
 from hyperize import (
     HyperConfig,
     HyperizeError,
+    dense_state_dict,
     fit_,
     hyperize,
     load,
@@ -233,11 +235,49 @@ def request(args: argparse.Namespace) -> HyperConfig:
 def generated(
     start: nn.Module, zoo: Sequence[nn.Module], out: Path, args: argparse.Namespace
 ) -> Stored:
-    """One generator for all, fitted to their weights."""
-    hyper = hyperize(start, request(args))
+    """The start, and one generator for what all networks differ by from it.
+
+    A generator has to spend most of its parameters on what networks that are nearly equal share.
+    The start holds that already.
+    """
+    first, path = out / "start.safetensors", out / "zoo.safetensors"
+    base = write(start.state_dict(), first, BITS)
+    plan = make_plan(
+        start,
+        conditions=len(zoo),
+        compression=args.compression,
+        private="linear",
+        seed=args.seed,
+    )
+    weights = {planned.site.name for planned in plan.sites}
+
+    def moved(state: dict[str, Tensor], sign: int) -> dict[str, Tensor]:
+        return {n: t + sign * base[n] if n in weights else t for n, t in state.items()}
+
+    hyper = hyperize(start, plan)
     print(report(hyper), end="\n\n")
-    print(fit_(hyper, zoo), end="\n\n")
-    path = out / "zoo.safetensors"
+    print(fit_(hyper, [moved(model.state_dict(), -1) for model in zoo]), end="\n\n")
+    save(hyper, path, dtype="int8")
+    back = load(start, path)
+    states = [moved(dense_state_dict(back, condition=k), 1) for k in range(len(zoo))]
+    networks = [filled(start, state) for state in states]
+    return Stored("start and one generator", size_of([first, path]), networks)
+
+
+def generated_whole(
+    start: nn.Module, zoo: Sequence[nn.Module], out: Path, args: argparse.Namespace
+) -> Stored:
+    """One generator for the whole networks."""
+    hyper = hyperize(
+        start,
+        conditions=len(zoo),
+        compression=args.compression,
+        embeddings="channel",
+        private="linear",
+        seed=args.seed,
+    )
+    fit_(hyper, zoo)
+    path = out / "whole.safetensors"
     save(hyper, path, dtype="int8")
     back = load(start, path)
     networks = [to_dense(back, condition=k).eval() for k in range(len(zoo))]
@@ -255,6 +295,7 @@ def ways(start: nn.Module, zoo: Sequence[nn.Module], args: argparse.Namespace) -
     for rank in args.ranks:
         yield differences(start, zoo, args.out, rank)
     yield generated(start, zoo, args.out, args)
+    yield generated_whole(start, zoo, args.out, args)
 
 
 def fine_tuned_zoo(start: nn.Module, images: Images, args: argparse.Namespace) -> list[nn.Module]:
@@ -299,7 +340,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
-    kinds = {"dense": "s", "start and differences": "o-", "one generator": "D"}
+    kinds = {
+        "dense": "s",
+        "start and differences": "o-",
+        "start and one generator": "D",
+        "one generator": "X",
+    }
     for kind, style in kinds.items():
         of = [row for row in rows if row.name.startswith(kind)]
         axes.plot([row.size / 1e6 for row in of], [100 * row.mean for row in of], style, label=kind)
@@ -353,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         metavar="N",
         help="of the differences (default: %(default)s)",
     )
-    flag("--compression", type=float, default=5.0, metavar="X", help="(default: %(default)s)")
+    flag("--compression", type=float, default=3.0, metavar="X", help="(default: %(default)s)")
     flag("--seed", type=int, default=0, help="of batches and embeddings (default: %(default)s)")
     cuda = torch.cuda.is_available()
     flag("--device", default="cuda" if cuda else "cpu", help="(default: %(default)s)")

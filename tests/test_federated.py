@@ -213,7 +213,7 @@ def test_a_run_that_was_interrupted_goes_on(federated, cifar, tmp_path, monkeypa
     assert judged == networks
     assert len(calls) == 20 - 8
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="^1$"):
+    with pytest.raises(SystemExit, match=r"^1$"):
         federated.main([*flags, "--steps", "9", "--out", str(tmp_path / "parts")])
     assert "{'steps': 6}, not {'steps': 9}" in capsys.readouterr().err
 
