@@ -251,14 +251,14 @@ class Plan(Printed):
         if self.sites:
             for name, (n_in, n_out) in self.shared.items():
                 size = f"{n_in} -> {self.lead} x {n_out // self.lead}"
-                yield name, f"{size}   {(n_in + 1) * n_out:,} parameters"
+                yield name, f"{size}, {(n_in + 1) * n_out:,} parameters"
             for h in self.heads:
                 size = f"{d} -> {h.trail} x {h.kernel}"
                 made = f"{kernels[h.kernel]} weights"
-                yield "head", f"{size}   {h.width * (d + 1):,} parameters, {made}"
+                yield "head", f"{size}, {h.width * (d + 1):,} parameters, {made}"
             sets = f"{self.config.rows} x " if self.config.rows > 1 else ""
             size = f"{sets}{self.tiles:,} embeddings of {nz}"
-            yield self.config.embeddings, f"{size}   {self.embedding_params:,} parameters"
+            yield self.config.embeddings, f"{size}, {self.embedding_params:,} parameters"
         if self.config.conditions:
             yield (
                 "further",

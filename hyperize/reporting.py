@@ -463,13 +463,14 @@ def _about(of: Report) -> Iterator[tuple[str, str]]:
     """What a page says of a report besides its figures."""
     yield "model", of.model
     yield "request", of.request
-    yield "built", "; ".join(f"{name} {text.replace('   ', ', ')}" for name, text in of.settings)
+    yield "built", "; ".join(f"{name} {text}" for name, text in of.settings)
     yield "report made", of.date
-    named = (f"{package} {_version(package)}" for package in ("hyperize", "torch", "timm"))
+    named = (f"{package} {version_of(package)}" for package in ("hyperize", "torch", "timm"))
     yield "versions", ", ".join((*named, f"Python {platform.python_version()}"))
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed version of a package."""
     try:
         return version(package)
     except PackageNotFoundError:  # run from a checkout
