@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hyperize.networks import add_condition, at_condition
     from hyperize.onnx import OnnxReport, export_onnx
     from hyperize.plan import Plan
-    from hyperize.reporting import Report, report
+    from hyperize.reporting import Report, report, to_html
     from hyperize.rewrite import dense_state_dict, hyperize, to_dense
     from hyperize.rounding import quantized
     from hyperize.search import make_plan
@@ -40,6 +40,7 @@ __all__ = [
     "Plan",
     "report",
     "Report",
+    "to_html",
     "to_dense",
     "dense_state_dict",
     "as_graph",

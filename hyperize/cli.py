@@ -269,6 +269,9 @@ def _parser() -> _Parser:
     output.add_argument("--json", action="store_true", help="print JSON")
     page = _Parser(add_help=False)
     page.add_argument("--html", metavar="F", help="write a page to look at as well")
+    page.add_argument(
+        "--all", action="store_true", help="print a row for each weight, of repeated blocks too"
+    )
     force = _Parser(add_help=False)
     force.add_argument(
         "--force", action="store_true", help="overwrite files that exist; never the input"

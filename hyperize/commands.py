@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import rich
 import safetensors
 import torch
 from rich.console import Console
@@ -41,8 +42,8 @@ FREE_BATCH = 2
 
 
 def _report(args: argparse.Namespace) -> None:
-    """The compression report of one model, of timm planned on the meta device."""
-    _show(report(make_plan(_planned(args), args.config)), args)
+    """The compression report of one model, of timm hyperized on the meta device."""
+    _show(report(hyperize(_planned(args), args.config), full=args.all), args)
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -62,7 +63,7 @@ def _info(args: argparse.Namespace) -> None:
         )
     rounded = sorted({str(dtype).removeprefix("torch.") for dtype in header["dtypes"].values()})
     whole = config and (args.html or len(plans) > 1)
-    figures = report(load_timm(args.file) if whole else plans[0])
+    figures = report(load_timm(args.file) if whole else plans[0], full=args.all)
     facts = {
         "file": str(args.file),
         "bytes": Path(args.file).stat().st_size,
@@ -282,7 +283,12 @@ def _loaded(args: argparse.Namespace) -> nn.Module:
 
 
 def _show(result: Report, args: argparse.Namespace) -> None:
-    print(result.to_json() if args.json else result)
+    if args.json:
+        print(result.to_json())
+    elif rich.get_console().is_terminal:
+        rich.print(result)  # in colour
+    else:
+        print(result)
     if args.html:
         result.to_html(args.html)
 

@@ -169,6 +169,20 @@ class Family:
         """The weight's factors as `hyperize.factorized.multiply` takes them."""
         raise NotImplementedError
 
+    def embeddings_at(self, z: Tensor, grid: Grid, first: Tensor, second: Tensor) -> Tensor:
+        """What kernels of a weight are generated from.
+
+        Args:
+            z: The weight's embeddings.
+            grid: How it is cut.
+            first: Numbers of channels along axis 0.
+            second: Numbers of channels along axis 1, as many.
+
+        Returns:
+            The embedding of each kernel, (kernels, Nz).
+        """
+        return z[grid.tiles_at(first, second)]
+
     def silence(self, z: Tensor, grid: Grid) -> None:
         """Sets embeddings, in place, to what makes a constant weight and still learns."""
         z.zero_()
@@ -514,6 +528,10 @@ class Channels(Family):
         kernel = with_column(weight, bias + offset / scale)  # (k, Nz + 1)
         # The inputs are multiplied first, so that the scale belongs there
         return out, into * scale, kernel.view(*grid.shape[2:], -1)
+
+    def embeddings_at(self, z: Tensor, grid: Grid, first: Tensor, second: Tensor) -> Tensor:
+        rows, columns = (second, first) if grid.axis else (first, second)
+        return z[rows] * z[grid.rows + columns]
 
     def silence(self, z: Tensor, grid: Grid) -> None:
         z[: grid.rows] = 0  # gradients of these are not zero, as those of the others would be

@@ -14,7 +14,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from hyperize.layers import CONSTANTS, HYPERNET
 from hyperize.networks import at_condition
 from hyperize.parts import find_groups, generated_layers, tables
 from hyperize.plan import Plan
+from hyperize.reporting import version_of
 from hyperize.rewrite import apply_plans, to_dense
 from hyperize.rounding import decode, encode, is_matrix, merged, pack, rows_of, unpack
 from hyperize.sites import M, structural_copy
@@ -143,7 +143,7 @@ def write(
         values = stored
     header = {
         "format": IN_BITS if bits else FORMAT,
-        "versions": {name: _version(name) for name in ("hyperize", "torch", "timm")},
+        "versions": {name: version_of(name) for name in ("hyperize", "torch", "timm")},
         "plans": [plan.to_dict() for plan in plans],
         "dtypes": dtypes,
         "timm": timm_config,
@@ -563,13 +563,6 @@ def _digest(header: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
         digest.update(f"\0{name}\0{_name(tensor.dtype)}\0{tuple(tensor.shape)}\0".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # (numbers * itemsize,)
     return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed"
 
 
 def _name(dtype: torch.dtype | str) -> str:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
+from rich.console import RenderableType
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
@@ -22,21 +24,32 @@ from typing_extensions import Unpack
 from hyperize.conditions import conditions_of, each_network
 from hyperize.config import BudgetError, ConfigError, HyperConfig, ModelError, Overrides
 from hyperize.hypernet import HyperNet
-from hyperize.layers import CONSTANTS, Generated
 from hyperize.moments import Moments
 from hyperize.parts import Group, find_groups, own_tables
 from hyperize.plan import Plan
 from hyperize.private import Private
 from hyperize.rewrite import to_dense
 from hyperize.search import plan_sites, requested
-from hyperize.sites import Site, find_sites, structural_copy, wrapper_of
-from hyperize.solver import Problem, Target, combined, relative
-from hyperize.teacher import Batch, as_batches, in_passes, second_moments
+from hyperize.sites import Site, find_sites, name_of, structural_copy
+from hyperize.solver import Problem, Target, combined
+from hyperize.tables import ROWS, Column, Printed, notebook
+from hyperize.tables import table as as_table
+from hyperize.teacher import (
+    Batch,
+    Teacher,
+    as_batches,
+    in_passes,
+    relative,
+    second_moments,
+    state_of,
+    teachers_of,
+    weight_of,
+)
 
 __all__ = ["FitReport", "SiteFit", "fit_", "fit_plan"]
 
-Teacher = nn.Module | Mapping[str, Tensor]
-
+_WORST = 10
+"""Weights in the table of a fit of more than `ROWS`."""
 _SCORING = 10
 """Sweeps by which `fit_plan` compares plans."""
 
@@ -58,9 +71,9 @@ class SiteFit:
     output_error: float | None
 
 
-@dataclass(frozen=True)
-class FitReport:
-    """What `fit_` reached. `print(report)` is a summary.
+@dataclass(frozen=True, repr=False)
+class FitReport(Printed):
+    """What `fit_` reached. `print(report)` is a summary and a table of the weights.
 
     Attributes:
         sites: One entry per generated weight, in the plan's order.
@@ -82,16 +95,53 @@ class FitReport:
         """All figures as JSON-ready values."""
         return asdict(self)
 
-    def __str__(self) -> str:
-        worst = max(self.sites, key=lambda site: site.error)
+    @property
+    def output_error(self) -> float | None:
+        """The root mean square of the sites' output errors; `None` if there are none."""
+        if outputs := [s.output_error for s in self.sites if s.output_error is not None]:
+            return math.sqrt(sum(e * e for e in outputs) / len(outputs))
+        return None
+
+    @property
+    def worst(self) -> SiteFit:
+        """The weight with the largest error."""
+        return max(self.sites, key=lambda site: site.error)
+
+    def _remarks(self) -> list[str]:
+        worst = self.worst
         lines = [
             f"{len(self.sites)} weights fitted in {self.seconds:.1f} s: relative error "
             f"{self.error:.3f}, at most {worst.error:.3f} ({worst.name})"
         ]
-        if outputs := [s.output_error for s in self.sites if s.output_error is not None]:
-            mean = math.sqrt(sum(e * e for e in outputs) / len(outputs))
-            lines.append(f"of the layers' outputs {mean:.3f}, root mean square over the layers")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        if self.output_error is not None:
+            lines.append(
+                f"of the layers' outputs {self.output_error:.3f}, root mean square over the layers"
+            )
+        return [*lines, *(f"note: {note}" for note in self.notes)]
+
+    def _parts(self, width: int) -> Iterator[RenderableType]:
+        yield from map(Text, self._remarks())
+        yield ""
+        shown = list(self.sites)
+        if len(shown) > ROWS:
+            shown = sorted(shown, key=lambda site: -site.error)[:_WORST]
+            yield Text(f"the {_WORST} largest errors; .sites has those of all weights:")
+        columns = [Column("weight"), Column("error", number=True, style="yellow")]
+        columns += [Column("of outputs", number=True)] if self.output_error is not None else []
+        rows = (
+            (s.name, f"{s.error:.3f}", "" if s.output_error is None else f"{s.output_error:.3f}")
+            for s in shown
+        )
+        yield as_table(columns, [row[: len(columns)] for row in rows], width)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            ("all weights", self.error),
+            ("outputs of the layers", self.output_error),
+            (f"largest: {self.worst.name}", self.worst.error),
+        ]
+        bars = [(name, (0.0, e), f"{e:.3f}") for name, e in rows if e is not None]
+        return notebook(f"{type(self).__name__}: relative errors", bars, self._remarks())
 
 
 @torch.inference_mode(False)
@@ -104,6 +154,7 @@ def fit_(
     weighting: Literal["relative", "absolute"] = "relative",
     sweeps: int = 50,
     tolerance: float = 1e-3,
+    progress: bool = True,
 ) -> FitReport:
     """Fits the hypernetwork and the embeddings to a teacher's weights, in place.
 
@@ -129,6 +180,7 @@ def fit_(
             weights themselves are fitted first, and then the outputs of one layer after the other,
             each with so many.
         tolerance: A sweep that lowers the objective by less than this share ends the fit.
+        progress: Show progress bars, on a terminal and in notebooks.
 
     Returns:
         The errors of each weight.
@@ -147,15 +199,15 @@ def fit_(
         raise ModelError(f"{type(hyper).__name__} has no generated weights to fit.")
     if any(next(group.hypernet.parameters()).is_meta for group in groups):
         raise ModelError("the hyperized model is on meta, so there is nothing to fit; load it.")
-    teachers = _teachers(groups, teacher)
-    states = [_state(one) for one in teachers]
-    weights = [{p.site.name: _target(p.site, state) for p in sites} for state in states]
+    teachers = teachers_of(groups, teacher)
+    states = [state_of(one) for one in teachers]
+    weights = [{p.site.name: weight_of(p.site, state) for p in sites} for state in states]
     own = [_own(hyper, state) for state in states]
     batches = [] if data is None else as_batches(data)
     runs = [_module(hyper, one, k) for k, one in enumerate(teachers)] if batches else []
     # With closed solutions weights are fitted as they are first, then to outputs, one by one
     at_once = [p.site for g in groups if not g.hypernet.family.closed for p in g.plan.sites]
-    known = [second_moments(run, at_once, batches) if at_once else {} for run in runs]
+    known = [second_moments(run, at_once, batches, progress) if at_once else {} for run in runs]
     problems, histories = [], []
     for group in groups:
         of = [planned.site for planned in group.plan.sites]
@@ -165,14 +217,14 @@ def fit_(
             moments = known[k] if known else {}
             targets += _targets(group.plan, wanted, moments, like, len(weights), k)
             embeddings += [_of_network(_embedding(group, site), group, k) for site in of]
-        problem = Problem(group.hypernet, targets, embeddings, weighting)
+        problem = Problem(group.hypernet, targets, embeddings, weighting, progress)
         problem.start()
         history = problem.alternate(sweeps, tolerance)
         if runs and problem.family.closed:
             passes = (
                 {_label(name, len(runs), k): m for name, m in found.items()}
                 for k, run in enumerate(runs)
-                for found in in_passes(run, of, batches)
+                for found in in_passes(run, of, batches, progress)
             )
             history = problem.fit_outputs(passes, sweeps, tolerance) or history
         problems.append(problem)
@@ -201,6 +253,7 @@ def fit_plan(
     config: HyperConfig | None = None,
     *,
     data: Iterable[Batch] | None = None,
+    progress: bool = True,
     **overrides: Unpack[Overrides],
 ) -> Plan:
     """Plans a rewrite with the tiles that fit a model's own weights best under the request.
@@ -218,6 +271,7 @@ def fit_plan(
         config: The request; the default one if `None`. It leaves `tile` and `hidden_dim` to the
             planner; generators without a hidden layer are compared.
         data: As in `fit_`.
+        progress: As in `fit_`.
         **overrides: Fields of `HyperConfig` that replace the config's.
 
     Returns:
@@ -229,7 +283,7 @@ def fit_plan(
         BudgetError: As in `make_plan`.
     """
     config = requested(config, overrides)
-    found, name = find_sites(teacher, config), type(teacher).__name__
+    found, name = find_sites(teacher, config), name_of(teacher)
     base = plan_sites(found, config, name)
     if base.config.tile is not None or base.config.hidden_dim:
         raise ConfigError(
@@ -240,10 +294,11 @@ def fit_plan(
     if base.hidden_dim or not base.sites or base.config.embeddings != "tile":
         # Nothing else meets so small a request; or there are dynamic layers alone; or no tiles
         return base
-    state = _state(teacher)
+    state = state_of(teacher)
     by_name: dict[str, Moments] = {}
     if data is not None:
-        by_name = second_moments(_module(teacher, teacher), found.sites, as_batches(data))
+        run = _module(teacher, teacher)
+        by_name = second_moments(run, found.sites, as_batches(data), progress)
     missed: dict[tuple[tuple[str, int], ...], tuple[float, Plan]] = {}
 
     def score(trails: Mapping[str, int]) -> float:
@@ -256,7 +311,7 @@ def fit_plan(
                 plan = plan_sites(found, base.config.replace(tile=tile, hidden_dim=0), name)
             except BudgetError:
                 return math.inf
-            missed[key] = _missed(plan, state, by_name), plan
+            missed[key] = _missed(plan, state, by_name, progress), plan
         return missed[key][0]
 
     trails = {head.kernel: head.trail for head in base.heads}
@@ -283,15 +338,17 @@ def _descend(
         trails = changed
 
 
-def _missed(plan: Plan, state: Mapping[str, Tensor], by_name: Mapping[str, Moments]) -> float:
+def _missed(
+    plan: Plan, state: Mapping[str, Tensor], by_name: Mapping[str, Moments], progress: bool
+) -> float:
     """The objective that a short fit of a plan's generator reaches."""
-    weights = {planned.site.name: _target(planned.site, state) for planned in plan.sites}
+    weights = {planned.site.name: weight_of(planned.site, state) for planned in plan.sites}
     like = next(iter(weights.values()))
     hypernet = HyperNet(plan, device=like.device)
     targets = _targets(plan, weights, by_name, next(hypernet.parameters()))
     shapes = [(planned.grid.tiles, plan.embedding_dim) for planned in plan.sites]
     zeros = [torch.zeros(shape, device=like.device) for shape in shapes]
-    problem = Problem(hypernet, targets, zeros, "relative")
+    problem = Problem(hypernet, targets, zeros, "relative", progress)
     problem.start()
     if any(target.moments for target in targets):
         problem.alternate(_SCORING, 0.0)
@@ -314,32 +371,10 @@ def _write(problems: list[Problem], own: list[_Own], hyper: nn.Module) -> None:
             _of_network(layer.embedding(site.param), group, k).copy_(problem.embedding(at))
             constants = layer.all_constants(site.param)
             _of_network(constants, group, k).copy_(problem.constants[at])
-    for path, _, name, table in own_tables(hyper):
-        for entry, tensors in zip(table, own, strict=True):
+    for path, _, name, entries in own_tables(hyper):
+        for entry, tensors in zip(entries, own, strict=True):
             if (path, name) in tensors:
                 entry.copy_(tensors[path, name])
-
-
-def _teachers(groups: list[Group], given: Teacher | Sequence[Teacher]) -> list[Teacher]:
-    """One teacher for each network."""
-    networks = {group.plan.config.conditions for group in groups}
-    if any(group.plan.config.condition_dim for group in groups):
-        raise ModelError(
-            "the networks of this model are numbered by a vector, so that there are none to fit "
-            "to teachers; train it, or hyperize with conditions=K."
-        )
-    if len(networks) > 1:
-        raise ModelError(
-            "the parts of this model have different numbers of networks; fit them one by one."
-        )
-    (count,) = networks
-    several = isinstance(given, Sequence) and not isinstance(given, str)
-    teachers: list[Any] = [*given] if isinstance(given, Sequence) and several else [given]
-    if several != (count is not None) or len(teachers) != (count or 1):
-        wanted = "one teacher" if count is None else f"a list of {count} teachers"
-        got = f"a list of {len(teachers)}" if several else type(given).__name__
-        raise ModelError(f"this model is to be fitted to {wanted}; got {got}.")
-    return teachers
 
 
 def _own(hyper: nn.Module, state: Mapping[str, Tensor]) -> _Own:
@@ -400,47 +435,6 @@ def _targets(
         )
         for planned in plan.sites
     ]
-
-
-def _target(site: Site, state: Mapping[str, Tensor]) -> Tensor:
-    """The teacher's weight of a site."""
-    weight = state.get(site.name)
-    if weight is None:
-        raise ModelError(
-            f"the teacher has no {site.name}, which the hyperized model generates; the teacher "
-            "must be of the architecture that was hyperized."
-        )
-    if not isinstance(weight, Tensor):
-        raise ModelError(
-            f"the teacher's {site.name} must be a tensor, got {type(weight).__name__}."
-        )
-    if tuple(weight.shape) != site.shape:
-        raise ModelError(
-            f"the teacher's {site.name} has the shape {tuple(weight.shape)}, the hyperized "
-            f"model generates {site.shape}; the teacher must be of the same architecture."
-        )
-    if weight.is_meta or not weight.is_floating_point() or not weight.isfinite().all():
-        raise ModelError(
-            f"the teacher's {site.name} holds values that are not finite numbers; load its "
-            "weights first."
-        )
-    return weight.detach()
-
-
-def _state(teacher: Teacher) -> Mapping[str, Tensor]:
-    if isinstance(teacher, Mapping):
-        if any(str(name).endswith(CONSTANTS) for name in teacher):
-            raise ModelError("the teacher's state dict is a hyperized model's; take a dense one's.")
-        return teacher
-    if not isinstance(teacher, nn.Module):
-        raise ModelError(
-            f"the teacher must be a torch.nn.Module or a state dict, got {type(teacher).__name__}."
-        )
-    if wrapper := wrapper_of(teacher):
-        raise ModelError(f"the teacher is wrapped by {wrapper[0]}; pass the model inside it.")
-    if any(isinstance(module, Generated) for module in teacher.modules()):
-        raise ModelError("the teacher is hyperized; convert it with to_dense() first.")
-    return teacher.state_dict()
 
 
 def _module(hyper: nn.Module, teacher: Teacher, k: int = 0) -> nn.Module:

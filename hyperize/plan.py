@@ -9,13 +9,18 @@ the heads have Nz inputs), with lead, trail and k as in `hyperize.tiling`:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from hyperize.config import ConfigError, HyperConfig, Tile
 from hyperize.families import FAMILIES, Family
 from hyperize.sites import DynamicSite, PrivateSite, Site, Skip, Untargeted
+from hyperize.tables import Printed, notebook
 from hyperize.tiling import Grid, Head
 
 __all__ = ["Plan"]
@@ -43,8 +48,8 @@ class PlannedSite:
     hyper_params: int
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Printed):
     """What `hyperize` will build, in integers. `print(plan)` explains it.
 
     Attributes:
@@ -62,7 +67,7 @@ class Plan:
         total_params: Parameters of the whole dense model.
         total_bytes: Bytes of its parameters and buffers.
         private: With several networks, layers that have parameters and buffers for each.
-        model: Name of the model's class.
+        model: Name of the model: that of timm's architecture, or of its class.
         root: Path of the module that was hyperized, where it is a part of the model.
         notes: Remarks for the user, e.g. a default request that explicit sizes do not meet.
     """
@@ -238,60 +243,85 @@ class Plan:
         grid = self.family.grid(site.shape, self.lead, head, self.config.trunk_axis)
         return PlannedSite(site, grid, self.config.rows * grid.tiles * self.embedding_dim)
 
-    def __str__(self) -> str:
+    def settings(self) -> Iterator[tuple[str, str]]:
+        """Names and sizes of what will be built."""
         kernels = Counter(planned.grid.kernel for planned in self.sites)
         nz, d = self.embedding_dim, self.fan_in
-        sets = f"{self.config.rows} x " if self.config.rows > 1 else ""
-        lines = [f"{len(self.sites)} weights in {self.tiles:,} tiles, {self.order}"]
-        generator = [
-            *(
-                f"{name:<8}{n_in} -> {self.lead} x {n_out // self.lead}   "
-                f"{(n_in + 1) * n_out:,} parameters"
-                for name, (n_in, n_out) in self.shared.items()
-            ),
-            *(
-                f"head    {d} -> {h.trail} x {h.kernel}   {h.width * (d + 1):,} parameters, "
-                f"{kernels[h.kernel]} weights"
-                for h in self.heads
-            ),
-            f"{self.config.embeddings:<8}{sets}{self.tiles:,} embeddings of {nz}   "
-            f"{self.embedding_params:,} parameters",
-        ]
-        lines += generator if self.sites else []
+        yield "weights", f"{len(self.sites)} in {self.tiles:,} tiles, {self.order}"
+        if self.sites:
+            for name, (n_in, n_out) in self.shared.items():
+                size = f"{n_in} -> {self.lead} x {n_out // self.lead}"
+                yield name, f"{size}, {(n_in + 1) * n_out:,} parameters"
+            for h in self.heads:
+                size = f"{d} -> {h.trail} x {h.kernel}"
+                made = f"{kernels[h.kernel]} weights"
+                yield "head", f"{size}, {h.width * (d + 1):,} parameters, {made}"
+            sets = f"{self.config.rows} x " if self.config.rows > 1 else ""
+            size = f"{sets}{self.tiles:,} embeddings of {nz}"
+            yield self.config.embeddings, f"{size}, {self.embedding_params:,} parameters"
         if self.config.conditions:
-            lines.append(
-                f"further {self.further_params:,} parameters for one more network, "
+            yield (
+                "further",
+                f"{self.further_params:,} parameters for one more network, "
                 f"{self.private_params:,} of them not generated; {self.networks} dense networks "
                 f"have {self.networks * self.total_params:,}, and {self.break_even} or more are "
-                "smaller so"
+                "smaller so",
             )
         if self.config.factorized and self.sites:
             macs = {p.site: n for p in self.sites if (n := self.factorized_macs(p)) is not None}
             weights = sum(site.dense_params for site in macs)
-            lines.append(
-                f"factors {len(macs)} weights are not generated: {sum(macs.values()):,} "
-                f"multiply-adds per position instead of {weights:,}"
+            yield (
+                "factors",
+                f"{len(macs)} weights are not generated: {sum(macs.values()):,} multiply-adds per "
+                f"position instead of {weights:,}",
             )
-        lines += [
-            f"dynamic {site.path or 'the model'}: {site.kind}, {site.dense_params:,} -> "
-            f"{site.hyper_params:,} parameters"
-            for site in self.dynamic
-        ]
-        lines += [
-            f"total   {self.networks * self.dense_params:,} -> {self.hyper_params:,}, "
-            f"compression {self.compression:.2f}; whole model "
-            f"{self.networks * self.total_params:,} -> "
+        for site in self.dynamic:
+            sizes = f"{site.dense_params:,} -> {site.hyper_params:,} parameters"
+            yield "dynamic", f"{site.path or 'the model'}: {site.kind}, {sizes}"
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """All that is printed, as names and texts."""
+        yield from self.settings()
+        yield (
+            "total",
+            f"{self.networks * self.dense_params:,} -> {self.hyper_params:,}, compression "
+            f"{self.compression:.2f}; whole model {self.networks * self.total_params:,} -> "
             f"{self.total_hyper_params:,}",
-        ]
+        )
         reasons: Counter[str] = Counter()
         for skip in self.skips:
             reasons[skip.reason] += skip.params
-        lines += [f"skipped {params:,} weights: {why}" for why, params in reasons.items()]
-        lines += [
-            f"dense   {u.kind}: {u.layers} layers, {u.params:,} weights, not a target"
-            for u in self.untargeted
+        yield from (("skipped", f"{params:,} weights: {why}") for why, params in reasons.items())
+        for u in self.untargeted:
+            yield "dense", f"{u.kind}: {u.layers} layers, {u.params:,} weights, not a target"
+        yield from (("note", note) for note in self.notes)
+
+    def _parts(self, width: int) -> Iterator[RenderableType]:
+        facts = Table.grid(padding=(0, 1))
+        facts.add_column(style="bold", no_wrap=True)
+        facts.add_column()
+        for name, text in self._facts():
+            facts.add_row(Text(name), Text(text))
+        yield facts
+
+    def _repr_html_(self) -> str:
+        pairs = [
+            ("targets, parameters", self.networks * self.dense_params, self.hyper_params),
+            (
+                "whole model, parameters",
+                self.networks * self.total_params,
+                self.total_hyper_params,
+            ),
         ]
-        return "\n".join([*lines, *(f"note    {note}" for note in self.notes)])
+        rows = (
+            (
+                name,
+                [n / max(dense, hyper) for n in (dense, hyper)],
+                f"{dense:,} → {hyper:,}, {dense / hyper:.2f}x",
+            )
+            for name, dense, hyper in pairs
+        )
+        return notebook(f"plan of {self.model}", rows, map(": ".join, self._facts()))
 
 
 def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
-import io
 import json
+import math
 import os
+import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch import nn
+import numpy as np
+from rich.console import RenderableType
+from rich.text import Text
+from torch import Tensor, nn
 
 from hyperize.conditions import each_network
-from hyperize.drawing import Bar, Source, bar_chart
+from hyperize.config import ConfigError, FileError, HyperConfig, ModelError
+from hyperize.counting import forward_macs
+from hyperize.drawing import Bar, Snapshot, Source, bar_chart, snapshot, spread
 from hyperize.dynamic import HyperLSTM, HyperRNN
-from hyperize.layers import Generated
-from hyperize.page import page
+from hyperize.page import Moment, page
 from hyperize.parts import Group, find_groups, own_tables
 from hyperize.plan import Plan, PlannedSite
-from hyperize.sites import DynamicSite, Skip, Untargeted, tensor_bytes
+from hyperize.private import Private
+from hyperize.sites import (
+    DynamicSite,
+    Skip,
+    Untargeted,
+    kind_of,
+    name_of,
+    tensor_bytes,
+    weights_of,
+)
+from hyperize.tables import ROWS, Column, Printed, collapse, notebook, table
+from hyperize.teacher import Teacher, relative, state_of, teachers_of, weight_of
 from hyperize.writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "report"]
+__all__ = ["Report", "report", "to_html"]
 
-WIDTH = 80
-"""Columns of the printed table."""
+_MOMENTS = 6
+"""Reports of which a page has pictures, at most."""
 _REPLACED = "replaced by another layer since the rewrite"
 
 
@@ -48,6 +62,8 @@ class SiteRow:
         shape: Shape of the weight; empty for a dynamic layer.
         dense_params: Number of weights; of several networks, of all.
         hyper_params: Parameters of its embeddings; the hypernetwork is shared and not in here.
+        error: Norm of its difference to a teacher's weight, over the norm of that weight; `None`
+            without a teacher. Of several networks it is that of all.
     """
 
     path: str
@@ -56,18 +72,26 @@ class SiteRow:
     shape: tuple[int, ...]
     dense_params: int
     hyper_params: int
+    error: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the weight or the layer; empty if the model is the layer."""
+        return ".".join(part for part in (self.path, self.param) if part)
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a rewrite saves. `print(report)` is a table of 80 columns.
+@dataclass(frozen=True, repr=False)
+class Report(Printed):
+    """What a rewrite saves. `print(report)` is a table, as wide as the terminal.
 
-    The report of a model holds on to its generated layers and hypernetwork, which are small, so
-    that `to_html` can draw what they generate then. Nothing else does: they are no part of
-    comparisons, `to_dict`, pickles and copies, and the report of a plan has none.
+    In colour it is `rich.print(report)`; `str` is plain text, which can go into a file. Where there
+    are more than 40 rows, repeated blocks are one row with their sums, unless `full`.
+
+    The report of a model has in it what `to_html` draws, as it was when the report was made: a few
+    kernels and a sample of the embeddings. They are no part of comparisons and `to_dict`.
 
     Attributes:
-        model: Name of the model's class.
+        model: Name of the model: that of timm's architecture, or of its class.
         sites: The generated weights, in order.
         skipped: Targets that stay dense, with reasons.
         untargeted: Layers of known kinds that are not among the targets.
@@ -87,7 +111,16 @@ class Report:
         further_params: Parameters that one more network would add.
         break_even: The number of networks from which on they are smaller than dense ones.
         shared_params: Parameters that are not generated, and are one for all networks.
-        sources: The generated layers, of which `to_html` draws pictures.
+        request: The `HyperConfig` that was asked for, in words.
+        settings: Names and sizes of what was built for it.
+        error: Relative error of all weights to a teacher's, each divided by its standard deviation;
+            `None` without a teacher.
+        forward_macs: Multiply-adds of the dense model's forward pass for one input, where timm says
+            of which size its inputs are; 0 where that is not known, and of plans.
+        input_size: Size of that input, (channels, height, width).
+        full: Whether the printed table has a row for each weight.
+        date: When the report was made.
+        snapshot: What `to_html` draws.
     """
 
     model: str
@@ -107,10 +140,14 @@ class Report:
     further_params: int = 0
     break_even: int = 0
     shared_params: int = 0
-    sources: tuple[Source, ...] = field(default=(), compare=False, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"sources": ()}
+    request: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
+    error: float | None = None
+    forward_macs: int = field(default=0, compare=False)
+    input_size: tuple[int, ...] = field(default=(), compare=False)
+    full: bool = field(default=False, compare=False)
+    date: str = field(default="", compare=False)
+    snapshot: Snapshot = field(default_factory=Snapshot, compare=False)
 
     @property
     def dense_params(self) -> int:
@@ -155,9 +192,10 @@ class Report:
         """All figures as JSON-ready values."""
         names = ("dense_params", "hyper_params", "compression")
         totals = ("total_hyper_params", "total_compression", "hints")
-        fields = asdict(replace(self, sources=()))
-        del fields["sources"]
-        return fields | {name: getattr(self, name) for name in names + totals}
+        facts = asdict(replace(self, snapshot=Snapshot()))
+        for name in ("snapshot", "full", "date"):
+            del facts[name]
+        return facts | {name: getattr(self, name) for name in names + totals}
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON."""
@@ -167,104 +205,139 @@ class Report:
         """The report as Markdown: a table of totals, a table of sites, and the remarks."""
         lines = [f"### {self.model}", "", "| | dense | hyper | ratio |", "|---|---:|---:|---:|"]
         lines += [f"| {' | '.join(row)} |" for row in self._totals()]
-        lines += ["", "| weight | kind | shape | dense | hyper | ratio |"]
-        lines += ["|---|---|---|---:|---:|---:|"]
+        known = self.error is not None
+        lines += ["", "| weight | kind | shape | dense | hyper | ratio |" + " error |" * known]
+        lines += ["|---|---|---|---:|---:|---:|" + "---:|" * known]
         lines += [f"| `{row[0]}` | {' | '.join(row[1:])} |" for row in self._rows()]
         lines += ["", *(f"- {remark}" for remark in self._remarks())]
         return "\n".join(lines) + "\n"
 
-    def to_html(self, path: str | os.PathLike[str]) -> None:
+    def to_html(self, path: str | os.PathLike[str], *, title: str | None = None) -> Path:
         """Writes the report as one HTML page that needs no network.
 
-        It has the totals, bars of each weight before and after, a table to sort, and of a model
-        also its embeddings in a plane and some of the kernels that it generates now. Embeddings of
-        large models are sampled, so that the page stays small. The file is written beside the
-        target and moved there.
+        It has the totals and a table of all weights to sort and to filter. Of a trained model it
+        has pictures, too: some of the kernels that it generates, a map of its weights by their
+        embeddings, and the embeddings in a plane; with a teacher also its kernels, and the error of
+        each weight. Everything is as it was when the report was made. Large models are sampled, so
+        that the page stays small. The file is written beside the target and moved there.
 
         Args:
             path: The file to write.
+            title: Of the page; the name of the model if `None`.
+
+        Returns:
+            The file's path.
 
         Raises:
             FileError: It cannot be written.
         """
-        with ExitStack() as blocks:  # pictures are of the first network
-            layers = (s.layer for s in self.sources if isinstance(s.layer, Generated))
-            for layer in {layer.hypernet: layer for layer in layers}.values():
-                blocks.enter_context(next(each_network(layer)))
-            text = self._page()
-        with replacing(Path(path)) as part:
-            part.write_text(text, encoding="utf-8")
+        return to_html([self], path, title=title)
 
-    def _page(self) -> str:
-        return page(
-            title=self.model,
-            totals=self._figures(),
-            bars=self._bars(),
-            hypernet_params=self.hypernet_params,
-            remarks=self._remarks(),
-            skipped=self.skipped,
-            sources=self.sources,
-        )
+    @overload
+    def plot(self) -> Figure: ...
 
-    def plot(self) -> Figure:
-        """Bars of the totals and of each weight, before and after, as a matplotlib figure.
+    @overload
+    def plot(self, path: str | os.PathLike[str]) -> Path: ...
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure | Path:
+        """Draws bars of the totals and of each weight, before and after, by matplotlib.
+
+        Args:
+            path: The file to write, of a suffix that matplotlib knows, as .png, .svg or .pdf.
 
         Returns:
-            A figure that pyplot does not know of, so that nothing is shown; save it by
-            `report(hyper).plot().savefig("report.png")`.
+            The file's path; without one, a figure that pyplot does not know of, so that nothing is
+            shown.
 
         Raises:
+            FileError: The file cannot be written, or its suffix is unknown.
             ImportError: matplotlib is not installed; it is in the extra `hyperize[plot]`.
         """
-        return bar_chart(self.model, self._figures(), self._bars(), self.hypernet_params)
+        figure = bar_chart(self.model, self._figures(), self._bars(), self.hypernet_params)
+        if path is None:
+            return figure
+        target = Path(path)
+        suffix, known = target.suffix[1:].lower(), figure.canvas.get_supported_filetypes()
+        if suffix not in known:
+            raise FileError(
+                f"{target} has to end in a suffix that matplotlib writes, got {target.suffix!r}; "
+                f"take one of {', '.join(f'.{name}' for name in sorted(known))}."
+            )
+        with replacing(target) as part:
+            figure.savefig(part, format=suffix)
+        return target
 
-    def __str__(self) -> str:
-        sites = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        sites.add_column("weight", overflow="fold", ratio=1)
-        for name in ("kind", "shape"):
-            sites.add_column(name, no_wrap=True)
-        for name in ("dense", "hyper", "ratio"):
-            sites.add_column(name, justify="right", no_wrap=True)
-        for row in self._rows():
-            sites.add_row(*row)
-        totals = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        totals.add_column(self.model, no_wrap=True)
-        for name in ("dense", "hyper", "ratio"):
-            totals.add_column(name, justify="right", no_wrap=True)
-        for row in self._totals():
-            totals.add_row(*row)
-        file = io.StringIO()
-        console = Console(file=file, width=WIDTH, color_system=None, markup=False, highlight=False)
-        for part in (sites, "", totals, "", *self._remarks()):
-            console.print(part)
-        return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+    def _parts(self, width: int) -> Iterator[RenderableType]:
+        ends = [
+            Column("dense", number=True),
+            Column("hyper", number=True, style="yellow"),
+            Column("ratio", number=True, style="bold"),
+        ]
+        middle = [Column(name, style="dim", spare=True) for name in ("kind", "shape")]
+        errors = [Column("error", number=True)] if self.error is not None else []
+        rows = self._printed_rows()
+        yield table([Column("weight"), *middle, *ends, *errors], rows, width)
+        if len(rows) < len(self._rows()):
+            yield Text(
+                f"{len(self.sites)} weights: repeated blocks are one row, with their sums; "
+                "report(..., full=True) shows each.",
+                style="dim",
+            )
+        yield ""
+        yield table([Column(self.model), *ends], self._totals(), width)
+        yield ""
+        yield from map(Text, self._remarks())
+
+    def _repr_html_(self) -> str:
+        rows = (
+            (
+                name,
+                [n / max(dense, hyper) for n in (dense, hyper)],
+                f"{dense:,} → {hyper:,}, {dense / hyper:.2f}x",
+            )
+            for name, dense, hyper in self._figures()
+        )
+        title = f"{self.model}: {self.request}" if self.request else self.model
+        return notebook(title, rows, [f"{len(self.sites)} weights are generated"])
 
     def _bars(self) -> list[Bar]:
         return [
             Bar(
-                name=".".join(name for name in (row.path, row.param) if name) or self.model,
+                name=row.name or self.model,
                 kind=row.kind,
                 shape="x".join(map(str, row.shape)),
                 dense=row.dense_params,
                 hyper=row.hyper_params,
+                error=row.error,
             )
             for row in self.sites
         ]
 
+    def _printed_rows(self) -> list[tuple[str, ...]]:
+        """The rows, with repeated blocks as one where they are many and not asked for."""
+        rows = self._rows()
+        if self.full or len(rows) <= ROWS:
+            return rows
+        bars, shared = self._bars(), rows[len(self.sites) :]
+        kinds = ((bar.name, (bar.kind, bar.shape, bar.dense, bar.hyper)) for bar in bars)
+        return [self._row(name, [bars[at] for at in ats]) for name, ats in collapse(kinds)] + shared
+
     def _rows(self) -> list[tuple[str, ...]]:
-        rows: list[tuple[str, ...]] = [
-            (
-                bar.name,
-                bar.kind,
-                bar.shape,
-                f"{bar.dense:,}",
-                f"{bar.hyper:,}",
-                f"{bar.dense / bar.hyper:.1f}",
-            )
-            for bar in self._bars()
-        ]
-        shared = ("hypernet (shared)", "", "", "", f"{self.hypernet_params:,}", "")
-        return [*rows, shared] if self.hypernet_params else rows
+        rows = [self._row(bar.name, [bar]) for bar in self._bars()]
+        shared = ["hypernet (shared)", "", "", "", f"{self.hypernet_params:,}", ""]
+        shared += [""] if self.error is not None else []
+        return [*rows, tuple(shared)] if self.hypernet_params else rows
+
+    def _row(self, name: str, bars: Sequence[Bar]) -> tuple[str, ...]:
+        """The row of one weight, or of several that differ in their values only."""
+        dense, hyper = sum(bar.dense for bar in bars), sum(bar.hyper for bar in bars)
+        shape = f"{len(bars)} x " * (len(bars) > 1) + bars[0].shape
+        row = (name, bars[0].kind, shape, f"{dense:,}", f"{hyper:,}", f"{dense / hyper:.1f}")
+        if self.error is None:
+            return row
+        known = [bar.error for bar in bars if bar.error is not None]
+        mean = math.sqrt(sum(e * e for e in known) / len(known)) if known else None
+        return (*row, "" if mean is None else f"{mean:.3f}")
 
     def _figures(self) -> list[tuple[str, int, int]]:
         return [
@@ -279,11 +352,24 @@ class Report:
             for name, dense, hyper in self._figures()
         ]
 
+    def _yardstick(self) -> str:
+        """What to measure the generator's multiply-adds by."""
+        if not self.forward_macs:
+            generated = sum(row.dense_params for row in self.sites if row.shape) // self.networks
+            each = self.generator_macs / max(generated - self.factorized_params, 1)
+            return f" per forward pass, {each:,.0f} for each weight"
+        _, *size = self.input_size
+        pixels = f"{size[0]}" if len(set(size)) == 1 else "x".join(map(str, size))
+        share = self.generator_macs / self.forward_macs
+        return f", {share:.2g} of a forward pass at {pixels} px, batch 1"
+
     def _remarks(self) -> list[str]:
         remarks = [
             f"rewritten: {len(self.sites)}, {self.order}",
-            f"generator: {self.generator_macs:,} multiply-adds per forward pass",
+            f"generator: {self.generator_macs:,} multiply-adds{self._yardstick()}",
         ]
+        if self.error is not None:
+            remarks.append(f"error: {self.error:.3f}, relative to the teacher's weights")
         if self.networks > 1:
             remarks.append(
                 f"networks: {self.networks}; one more adds {self.further_params:,} parameters, and "
@@ -311,19 +397,125 @@ class Report:
         return remarks + [f"note: {n}" for n in self.notes] + [f"hint: {h}" for h in self.hints]
 
 
-def report(hyper_or_plan: nn.Module | Plan) -> Report:
+def to_html(
+    reports: Report | Sequence[Report], path: str | os.PathLike[str], *, title: str | None = None
+) -> Path:
+    """Writes one report, or several of one model over time, as one HTML page.
+
+        reports = [report(hyper)]
+        for epoch in range(epochs):
+            train(hyper)
+            reports.append(report(hyper))
+        to_html(reports, "page.html")
+
+    The figures are those of the last report. Of several, the page shows kernels and embeddings
+    beside each other, of an even choice of six where there are more, and how far the embeddings
+    have moved.
+
+    Args:
+        reports: The reports, in the order of time.
+        path: The file to write.
+        title: Of the page; the name of the model if `None`.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ConfigError: There is no report, or they are of models with different weights.
+        FileError: The page cannot be written.
+    """
+    several = [reports] if isinstance(reports, Report) else [*reports]
+    if not several:
+        raise ConfigError("to_html needs at least one report, got none; make one by report().")
+    last = several[-1]
+    for other in several:
+        if [_size(row) for row in other.sites] != [_size(row) for row in last.sites]:
+            raise ConfigError(
+                f"reports on one page must be of one model, got one of {other.model} and one of "
+                f"{last.model} with other weights; write a page for each."
+            )
+    numbers = spread(range(len(several)), _MOMENTS)
+    moments = [
+        Moment(f"report {at}", several[at].date, several[at].error, several[at].snapshot)
+        for at in numbers
+    ]
+    text = page(
+        title=last.model if title is None else title,
+        about=_about(last),
+        totals=last._figures(),
+        bars=last._bars(),
+        hypernet_params=last.hypernet_params,
+        remarks=last._remarks(),
+        skipped=last.skipped,
+        moments=moments,
+    )
+    target = Path(path)
+    with replacing(target) as part:
+        part.write_text(text, encoding="utf-8")
+    return target
+
+
+def _size(row: SiteRow) -> tuple[str, tuple[int, ...]]:
+    return row.name, row.shape
+
+
+def _about(of: Report) -> Iterator[tuple[str, str]]:
+    """What a page says of a report besides its figures."""
+    yield "model", of.model
+    yield "request", of.request
+    yield "built", "; ".join(f"{name} {text}" for name, text in of.settings)
+    yield "report made", of.date
+    named = (f"{package} {version_of(package)}" for package in ("hyperize", "torch", "timm"))
+    yield "versions", ", ".join((*named, f"Python {platform.python_version()}"))
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a checkout
+        return "not installed"
+
+
+def report(
+    hyper_or_plan: nn.Module | Plan,
+    *,
+    full: bool = False,
+    teacher: Teacher | Sequence[Teacher] | None = None,
+) -> Report:
     """Reports what a rewrite saves.
 
     Args:
         hyper_or_plan: A hyperized model, a part of one, or a model with several such parts, whose
             own tensors are counted; or a plan.
+        full: Print a row for each weight, also where there are more than 40.
+        teacher: A dense model of the architecture that was hyperized, or its state dict, as `fit_`
+            takes it: the report has the error of each weight then, and its page the teacher's
+            kernels. Only with a model.
 
     Raises:
-        ModelError: The model is not hyperized, or is wrapped or sharded.
+        ModelError: The model is not hyperized, or is wrapped or sharded; the teacher is of another
+            architecture, or was given with a plan.
     """
     if isinstance(hyper_or_plan, Plan):
-        return _of_plan(hyper_or_plan)
-    return _of_model(hyper_or_plan, find_groups(hyper_or_plan))
+        if teacher is not None:
+            raise ModelError("a plan has no weights to compare with a teacher's; pass the model.")
+        found = _of_plan(hyper_or_plan)
+    else:
+        found = _of_model(hyper_or_plan, find_groups(hyper_or_plan), teacher)
+    return replace(found, full=full, date=datetime.now().astimezone().isoformat(" ", "minutes"))
+
+
+def _request(config: HyperConfig) -> str:
+    """A request in words: its size, its targets, and what differs from the defaults."""
+    ratio = "" if config.compression is None else f"compression {config.compression:g}"
+    most = "" if config.max_params is None else f"at most {config.max_params:,} parameters"
+    texts = [most or ratio, f"targets {', '.join(config.targets)}"]
+    for option in fields(config):
+        value = getattr(config, option.name)
+        if option.name not in ("compression", "max_params", "targets") and value != option.default:
+            texts.append(f"{option.name} {value}")
+    return "; ".join(text for text in texts if text)
 
 
 def _of_plan(plan: Plan) -> Report:
@@ -358,10 +550,15 @@ def _of_plan(plan: Plan) -> Report:
         further_params=plan.further_params,
         break_even=plan.break_even,
         shared_params=plan.total_params - plan.dense_params - plan.private_params,
+        request=_request(plan.config),
+        settings=tuple(plan.settings()),
+        snapshot=Snapshot("this is the report of a plan, which has sizes but no weights"),
     )
 
 
-def _of_model(model: nn.Module, groups: list[Group]) -> Report:
+def _of_model(
+    model: nn.Module, groups: list[Group], teacher: Teacher | Sequence[Teacher] | None
+) -> Report:
     """The report of a model as it is now: layers may have been replaced since it was planned."""
     modules = dict(model.named_modules())
     rows: list[SiteRow] = []
@@ -375,7 +572,7 @@ def _of_model(model: nn.Module, groups: list[Group]) -> Report:
             layer = layers[site.path]
             embedding = layer.embedding(site.param)
             rows.append(_row(planned, embedding.numel(), plan.networks))
-            sources.append(Source(site.name, layer, site.param, site.shape))
+            sources.append(Source(site.name, layer, site.param, planned.grid))
             saved += (site.dense_params - embedding.numel()) * embedding.element_size()
             constants = layer.all_constants(site.param)  # scales and offsets
             shared_bytes += constants.numel() * next(hypernet.parameters()).element_size()
@@ -392,6 +589,18 @@ def _of_model(model: nn.Module, groups: list[Group]) -> Report:
         macs = [a + b for a, b in zip(macs, found, strict=True)]
         hypernet_params += sum(p.numel() for p in hypernet.parameters())
         shared_bytes += tensor_bytes(hypernet)
+    error: float | None = None
+    wanted: dict[str, Tensor] = {}
+    if teacher is not None and sources:
+        states = [state_of(one) for one in teachers_of(groups, teacher)]
+        of = [planned.site for group in groups for planned in group.plan.sites]
+        weights = [{site.name: weight_of(site, state) for site in of} for state in states]
+        errors, error = _compared(model, sources, weights)
+        wanted = weights[0]
+        rows = [replace(row, error=errors.get(row.name)) for row in rows]
+    with next(each_network(model)):  # pictures are of the first network
+        seen = snapshot(sources, wanted)
+    dense_macs, size = forward_macs(model)
     hyper_params = hypernet_params + sum(row.hyper_params for row in rows)
     others = sum(p.numel() for p in model.parameters()) - hyper_params
     hyper_bytes = tensor_bytes(model)
@@ -404,10 +613,10 @@ def _of_model(model: nn.Module, groups: list[Group]) -> Report:
     dense_bytes = hyper_bytes + saved - shared_bytes - (networks - 1) * repeated
     of_sites = sum(row.dense_params for row in rows)
     return Report(
-        model=plans[0].model if plans[0].root == "" and plans[0].model else type(model).__name__,
+        model=name_of(model),
         sites=tuple(rows),
-        skipped=(*_skipped(groups), *replaced),
-        untargeted=_untargeted(plans),
+        skipped=tuple(_skipped(model, groups, replaced)),
+        untargeted=_untargeted(model, groups),
         hypernet_params=hypernet_params,
         total_dense_params=networks * others + of_sites,
         dense_bytes=networks * dense_bytes,
@@ -421,28 +630,70 @@ def _of_model(model: nn.Module, groups: list[Group]) -> Report:
         further_params=sum(plan.further_params for plan in plans),
         break_even=max(plan.break_even for plan in plans),
         shared_params=others - alone,
-        sources=tuple(sources),
+        request="; ".join(dict.fromkeys(_request(plan.config) for plan in plans)),
+        settings=tuple(fact for plan in plans for fact in plan.settings()),
+        error=error,
+        forward_macs=dense_macs,
+        input_size=size,
+        snapshot=seen,
     )
 
 
-def _skipped(groups: list[Group]) -> Iterator[Skip]:
-    """What stays dense by each plan, and is not generated by another."""
+def _compared(
+    model: nn.Module, sources: Sequence[Source], states: Sequence[Mapping[str, Tensor]]
+) -> tuple[dict[str, float], float]:
+    """Relative errors to teachers: of each weight, and of all as `FitReport.error` has it."""
+    squares = {source.name: np.zeros(2) for source in sources}  # of what is missed, and of all
+    total = np.zeros(2)
+    for block, state in zip(each_network(model), states, strict=True):
+        with block:
+            for source in sources:
+                made = source.weight().double()
+                wanted = state[source.name].to(made)
+                found = np.array([float((t * t).sum()) for t in (made - wanted, wanted)])
+                squares[source.name] += found
+                total += found / (float(wanted.var(correction=0)) or 1.0)
+    return {name: relative(*of) for name, of in squares.items()}, relative(*total)
+
+
+def _skipped(model: nn.Module, groups: list[Group], replaced: Sequence[Skip]) -> Iterator[Skip]:
+    """What stays dense by each plan and is not generated by another, with the weights of now."""
     generated = {site.site.name for group in groups for site in group.plan.sites}
     generated |= {path for group in groups for path in group.layers}
-    for skip in (skip for group in groups for skip in group.plan.skips):
-        if skip.path not in generated:
-            yield skip
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for skip in (*(skip for group in groups for skip in group.plan.skips), *replaced):
+        if skip.path in generated:
+            continue
+        path, _, param = skip.path.rpartition(".")
+        if (layer := modules.get(skip.path)) is not None:
+            yield replace(skip, params=_weights(layer))
+        elif (layer := modules.get(path)) is not None and param in layer._parameters:
+            yield replace(skip, params=_numel(layer, layer._parameters[param]))
 
 
-def _untargeted(plans: list[Plan]) -> tuple[Untargeted, ...]:
-    """By kind, over several plans."""
-    kinds: dict[str, Untargeted] = {}
-    for kind in (kind for plan in plans for kind in plan.untargeted):
-        before = kinds.get(kind.kind, Untargeted(kind.kind, 0, 0))
-        kinds[kind.kind] = Untargeted(
-            kind.kind, before.layers + kind.layers, before.params + kind.params
-        )
-    return tuple(kinds.values())
+def _weights(layer: nn.Module) -> int:
+    """Weights of a dense layer that could be generated, of one network."""
+    networks = layer.conditions.networks if isinstance(layer, Private) else 1
+    return weights_of(layer) // networks
+
+
+def _numel(layer: nn.Module, tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    return tensor[0].numel() if isinstance(layer, Private) else tensor.numel()
+
+
+def _untargeted(model: nn.Module, groups: list[Group]) -> tuple[Untargeted, ...]:
+    """Layers of known kinds that are there now and are no targets, in the hyperized parts."""
+    targets = {kind for group in groups for kind in group.plan.config.targets}
+    roots = [group.plan.root for group in groups]
+    found: dict[str, list[int]] = {}
+    for path, module in model.named_modules():
+        kind = kind_of(module)
+        inside = any(not root or path == root or path.startswith(f"{root}.") for root in roots)
+        if kind is not None and kind not in targets and inside:
+            found.setdefault(kind, []).append(_weights(module))
+    return tuple(Untargeted(kind, len(counts), sum(counts)) for kind, counts in found.items())
 
 
 def _multiply_adds(

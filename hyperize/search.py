@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from hyperize.config import BudgetError, ConfigError, HyperConfig, Overrides
 from hyperize.families import FAMILIES, Family, Geometry
 from hyperize.plan import Plan, PlannedSite
-from hyperize.sites import Found, Site, Skip, find_sites
+from hyperize.sites import Found, Site, Skip, find_sites, name_of
 from hyperize.tiling import kernel_name
 
 __all__ = ["make_plan"]
@@ -46,7 +46,7 @@ def make_plan(
         BudgetError: The request cannot be met; the message gives the reachable range.
     """
     config = requested(config, overrides)
-    return plan_sites(find_sites(model, config), config, type(model).__name__)
+    return plan_sites(find_sites(model, config), config, name_of(model))
 
 
 def plan_sites(found: Found, config: HyperConfig, model: str) -> Plan:

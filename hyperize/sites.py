@@ -245,16 +245,16 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
     for path in ordered:
         module = targets[path]
         if path in selected and matches(paths[module], config.private):
-            skips.append(Skip(path, "private: there is one for each network", _weights(module)))
+            skips.append(Skip(path, "private: there is one for each network", weights_of(module)))
             continue
         if path not in selected:
             reason = "excluded" if path in included else "not included"
-            skips.append(Skip(path, reason, _weights(module)))
+            skips.append(Skip(path, reason, weights_of(module)))
             continue
         if path in dynamic_of:
             assert isinstance(module, nn.RNNBase)
             if obstacle := _dynamic_obstacle(module, owners):
-                skips.append(Skip(path, obstacle, _weights(module)))
+                skips.append(Skip(path, obstacle, weights_of(module)))
             else:
                 twin = dynamic_twin(module, dict(config.lstm_options), "meta")
                 dynamic.append(
@@ -282,7 +282,7 @@ def find_sites(model: nn.Module, config: HyperConfig) -> Found:
     untargeted: dict[str, list[int]] = {}
     for path, module in layers.items():
         if path not in targets:
-            untargeted.setdefault(_kind(module), []).append(_weights(module))
+            untargeted.setdefault(_kind(module), []).append(weights_of(module))
     return Found(
         sites=tuple(sites),
         dynamic=tuple(dynamic),
@@ -502,7 +502,7 @@ def _trace_order(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[st
     """Yields the targets' paths as the graph calls them, repeats included."""
     # A copy on the meta device: forward may set attributes, update buffers or draw random numbers,
     # and none of that may reach the user's model.
-    twin = structural_copy(model, _to_meta).eval()
+    twin = structural_copy(model, to_meta).eval()
     modules = dict(twin.named_modules(remove_duplicate=False))
     path_of = {id(modules[path]): path for path in targets}
     tracer = SiteTracer(twin, (modules[path] for path in targets))
@@ -513,7 +513,8 @@ def _trace_order(model: nn.Module, targets: dict[str, nn.Module]) -> Iterator[st
                     yield path_of[id(module)]
 
 
-def _to_meta(tensor: Tensor) -> Tensor:
+def to_meta(tensor: Tensor) -> Tensor:
+    """An empty tensor like a given one on the meta device; for `structural_copy`."""
     meta = torch.empty_like(tensor, device="meta")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(meta, requires_grad=tensor.requires_grad)
@@ -525,6 +526,19 @@ def _ancestors(root: nn.Module, path: str) -> Iterator[nn.Module]:
     for name in path.split(".") if path else ():
         yield module
         module = module._modules[name]  # type: ignore[assignment]
+
+
+def name_of(model: nn.Module) -> str:
+    """What a model is called: by timm's name of its architecture, or its class's."""
+    config = getattr(model, "pretrained_cfg", None)
+    named = config.get("architecture") if isinstance(config, dict) else None
+    return named or type(model).__name__
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The kind of a layer, as `HyperConfig.targets` names it; None for other modules."""
+    spec = spec_of(type(module))
+    return spec.kind if spec else None
 
 
 def _kind(module: nn.Module) -> str:
@@ -539,7 +553,8 @@ def _params(module: nn.Module) -> tuple[str, ...]:
     return spec.params_of(module)
 
 
-def _weights(module: nn.Module) -> int:
+def weights_of(module: nn.Module) -> int:
+    """Number of weights of a layer of a known kind that could be generated."""
     found = (module._parameters.get(name) for name in _params(module))
     return sum(p.numel() for p in found if p is not None)
 

@@ -16,8 +16,6 @@ from itertools import chain
 from typing import cast
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from hyperize.cp import OutputFit
@@ -25,6 +23,8 @@ from hyperize.families import eigh
 from hyperize.hypernet import Affine, HyperNet
 from hyperize.moments import Moments
 from hyperize.products import dot
+from hyperize.progress import progress_bar
+from hyperize.teacher import relative
 from hyperize.tiling import Grid
 
 __all__: list[str] = []
@@ -63,7 +63,9 @@ class Problem:
         targets: Sequence[Target],
         embeddings: list[Tensor],
         weighting: str,
+        progress: bool = False,
     ) -> None:
+        self.progress = progress
         self.net = copy.deepcopy(hypernet).requires_grad_(False)
         like = next(self.net.parameters())
         self.net.to(torch.promote_types(like.dtype, torch.float32))
@@ -217,9 +219,8 @@ class Problem:
         """
         whole = self.whole or 1.0
         closed = self.family.closed and not self.moments
-        console = Console(stderr=True)
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            task = progress.add_task("fitting", total=sweeps)
+        with progress_bar(self.progress) as bar:
+            task = bar.add_task("fitting", total=sweeps)
             history = [self.objective() / whole]
             tensors = [*self.net.parameters(), *chain.from_iterable(self.z.values())]
             earlier: list[Tensor] = []
@@ -241,12 +242,12 @@ class Problem:
                     continue
                 earlier, run = now, run + 1
                 history.append(reached)
-                progress.update(
+                bar.update(
                     task, advance=1, description=f"fitting: error {math.sqrt(history[-1]):.4f}"
                 )
                 if history[-1] > (1 - tolerance) * history[-2]:
                     break
-            progress.update(task, total=len(history) - 1)
+            bar.update(task, total=len(history) - 1)
         return history
 
     def _sweep(self, closed: bool) -> float:
@@ -295,9 +296,9 @@ class Problem:
     ) -> dict[int, list[float]]:
         """Fits the weights of one pass, and returns their objectives."""
         number = {name: at for at, name in enumerate(self.names)}
-        console, histories = Console(stderr=True), {}
-        with Progress(console=console, disable=not console.is_terminal) as progress:
-            for name, of in progress.track(moments.items(), description="fitting outputs"):
+        histories = {}
+        with progress_bar(self.progress) as bar:
+            for name, of in bar.track(moments.items(), description="fitting outputs"):
                 at = number[name]
                 if not of.values.any():  # inputs that are always zero say nothing of a weight
                     continue
@@ -471,8 +472,3 @@ def combined(histories: Sequence[Sequence[float]], weights: Sequence[float]) -> 
         sum(w * h[min(step, len(h) - 1)] for w, h in zip(weights, histories, strict=True)) / whole
         for step in range(max(map(len, histories)))
     ]
-
-
-def relative(missed: float, whole: float) -> float:
-    """A relative error from two sums of squares; 0 / 0 is none."""
-    return math.sqrt(max(missed, 0.0) / whole) if whole > 0 else math.sqrt(max(missed, 0.0))

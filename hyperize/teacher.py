@@ -1,4 +1,4 @@
-"""What a teacher's layers multiply, from a few batches of data."""
+"""Teachers: the weights that are wanted, and what layers multiply for a few batches of data."""
 
 from __future__ import annotations
 
@@ -9,23 +9,93 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from hyperize.config import ConfigError, ModelError
+from hyperize.layers import CONSTANTS, Generated
 from hyperize.moments import Moments, Sum
-from hyperize.sites import Site
+from hyperize.parts import Group
+from hyperize.progress import progress_bar
+from hyperize.sites import Site, wrapper_of
 
 __all__: list[str] = []
 
 Batch = Tensor | Sequence[Tensor]
+Teacher = nn.Module | Mapping[str, Tensor]
 
 _VECTORS = 2**15
 """Input vectors of a layer, about, from which second moments are estimated."""
 _NUMBERS = 2**24
 """Numbers in these vectors, at most about. Of long vectors fewer are taken."""
+
+
+def teachers_of(groups: list[Group], given: Teacher | Sequence[Teacher]) -> list[Teacher]:
+    """One teacher for each network."""
+    networks = {group.plan.config.conditions for group in groups}
+    if any(group.plan.config.condition_dim for group in groups):
+        raise ModelError(
+            "the networks of this model are numbered by a vector, so that there are none to fit "
+            "to teachers; train it, or hyperize with conditions=K."
+        )
+    if len(networks) > 1:
+        raise ModelError(
+            "the parts of this model have different numbers of networks; fit them one by one."
+        )
+    (count,) = networks
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    teachers: list[Any] = [*given] if isinstance(given, Sequence) and several else [given]
+    if several != (count is not None) or len(teachers) != (count or 1):
+        wanted = "one teacher" if count is None else f"a list of {count} teachers"
+        got = f"a list of {len(teachers)}" if several else type(given).__name__
+        raise ModelError(f"this model is to be fitted to {wanted}; got {got}.")
+    return teachers
+
+
+def weight_of(site: Site, state: Mapping[str, Tensor]) -> Tensor:
+    """The teacher's weight of a site."""
+    weight = state.get(site.name)
+    if weight is None:
+        raise ModelError(
+            f"the teacher has no {site.name}, which the hyperized model generates; the teacher "
+            "must be of the architecture that was hyperized."
+        )
+    if not isinstance(weight, Tensor):
+        raise ModelError(
+            f"the teacher's {site.name} must be a tensor, got {type(weight).__name__}."
+        )
+    if tuple(weight.shape) != site.shape:
+        raise ModelError(
+            f"the teacher's {site.name} has the shape {tuple(weight.shape)}, the hyperized "
+            f"model generates {site.shape}; the teacher must be of the same architecture."
+        )
+    if weight.is_meta or not weight.is_floating_point() or not weight.isfinite().all():
+        raise ModelError(
+            f"the teacher's {site.name} holds values that are not finite numbers; load its "
+            "weights first."
+        )
+    return weight.detach()
+
+
+def state_of(teacher: Teacher) -> Mapping[str, Tensor]:
+    if isinstance(teacher, Mapping):
+        if any(str(name).endswith(CONSTANTS) for name in teacher):
+            raise ModelError("the teacher's state dict is a hyperized model's; take a dense one's.")
+        return teacher
+    if not isinstance(teacher, nn.Module):
+        raise ModelError(
+            f"the teacher must be a torch.nn.Module or a state dict, got {type(teacher).__name__}."
+        )
+    if wrapper := wrapper_of(teacher):
+        raise ModelError(f"the teacher is wrapped by {wrapper[0]}; pass the model inside it.")
+    if any(isinstance(module, Generated) for module in teacher.modules()):
+        raise ModelError("the teacher is hyperized; convert it with to_dense() first.")
+    return teacher.state_dict()
+
+
+def relative(missed: float, whole: float) -> float:
+    """A relative error from two sums of squares; 0 / 0 is none."""
+    return math.sqrt(max(missed, 0.0) / whole) if whole > 0 else math.sqrt(max(missed, 0.0))
 
 
 def as_batches(data: Iterable[Batch]) -> list[Tensor]:
@@ -49,7 +119,7 @@ def as_batches(data: Iterable[Batch]) -> list[Tensor]:
 
 
 def in_passes(
-    teacher: nn.Module, sites: Sequence[Site], batches: list[Tensor]
+    teacher: nn.Module, sites: Sequence[Site], batches: list[Tensor], progress: bool = False
 ) -> Iterator[dict[str, Moments]]:
     """Runs the teacher as often as is needed for the moments of all sites to take little memory.
 
@@ -64,17 +134,17 @@ def in_passes(
         groups = getattr(teacher.get_submodule(site.path), "groups", 1)
         numbers = min(_NUMBERS, groups * math.prod(site.shape[1:]) ** 2)
         if chunk and held + numbers > limit:
-            yield second_moments(teacher, chunk, batches)
+            yield second_moments(teacher, chunk, batches, progress)
             chunk, held = [], 0
         chunk.append(site)
         held += numbers
     if chunk:
-        yield second_moments(teacher, chunk, batches)
+        yield second_moments(teacher, chunk, batches, progress)
 
 
 @torch.no_grad()
 def second_moments(
-    teacher: nn.Module, sites: Iterable[Site], batches: list[Tensor]
+    teacher: nn.Module, sites: Iterable[Site], batches: list[Tensor], progress: bool = False
 ) -> dict[str, Moments]:
     """Runs the teacher on the data.
 
@@ -100,10 +170,8 @@ def second_moments(
         for path, of in numbers.items()
     ]
     whole = sum(batch.numel() for batch in batches)
-    console = Console(stderr=True)
-    bar = Progress(console=console, disable=not console.is_terminal)
-    with torch.random.fork_rng(devices=[]), bar as progress:
-        for batch in progress.track(batches, description="running the teacher"):
+    with torch.random.fork_rng(devices=[]), progress_bar(progress) as bar:
+        for batch in bar.track(batches, description="running the teacher"):
             share = batch.numel() / whole
             try:
                 teacher(batch)

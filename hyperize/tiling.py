@@ -128,6 +128,13 @@ class Grid(NamedTuple):
             flat = F.pad(flat, (0, spare))
         return flat.reshape(-1, width)  # (lines, row) -> (R * P, w * k)
 
+    def tiles_at(self, first: Tensor, second: Tensor) -> Tensor:
+        """Numbers of the tiles that hold channels, given by their numbers along axis 0 and 1."""
+        row, column = (second, first) if self.axis else (first, second)
+        if self.parts > 1:
+            return row // self.lead * self.parts + column // self.width
+        return (row * self.turned[1] + column) // self.width // self.lead
+
     def unstack(self, tiles: Tensor) -> Tensor:
         """From tiles to rows: (tiles, lead * n) -> (R * P, n).
 

@@ -1,4 +1,4 @@
-"""Shared set-up: one thread per worker, so that two workers do not fight over two cores."""
+"""Shared set-up: one thread per worker, as two workers would fight over two cores; a width."""
 
 import os
 
@@ -7,6 +7,12 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _eighty_columns(monkeypatch):
+    """Tables are as wide in every terminal that tests are started from, and where there is none."""
+    monkeypatch.setenv("COLUMNS", "80")
 
 
 @pytest.fixture(autouse=True)

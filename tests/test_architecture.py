@@ -14,7 +14,18 @@ import hyperize as package
 PACKAGE = Path(package.__file__).parent
 ROOT = PACKAGE.parent
 ORDER = [
-    *("config", "writing", "source", "products", "factorized", "tiling", "moments", "cp"),
+    *(
+        "config",
+        "writing",
+        "progress",
+        "tables",
+        "source",
+        "products",
+        "factorized",
+        "tiling",
+        "moments",
+        "cp",
+    ),
     *("families", "reading", "conditions"),
     "caching",
     *(
@@ -30,8 +41,19 @@ ORDER = [
         "parts",
     ),
     *("calls", "rewrite", "networks", "rounding"),
-    *("drawing", "page", "reporting", "timm_models", "files", "folders", "graph", "onnx"),
-    *("training", "distributed", "teacher", "solver", "fitting"),
+    *(
+        "counting",
+        "teacher",
+        "drawing",
+        "page",
+        "reporting",
+        "timm_models",
+        "files",
+        "folders",
+        "graph",
+        "onnx",
+    ),
+    *("training", "distributed", "solver", "fitting"),
     *("outputs", "factories", "commands", "cli", "__main__"),
 ]
 """Each module imports only from modules before it."""

@@ -146,6 +146,24 @@ def test_cut_and_join_are_inverses(shape, lead, trail, axis):
     tiles = grid.stack(rows)
     assert len(tiles) == grid.tiles
     assert torch.equal(grid.unstack(tiles), rows)
+    numbers = grid.unstack(torch.arange(grid.tiles)[:, None].expand(-1, grid.lead).contiguous())
+    numbers = grid.join(numbers.expand(-1, grid.width * grid.elements).contiguous())
+    numbers = numbers.reshape(*(*shape[:2], 1)[:2], -1)[:, :, 0]
+    ends = torch.meshgrid(*map(torch.arange, numbers.shape), indexing="ij")
+    assert torch.equal(grid.tiles_at(*ends), numbers)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_kernel_of_channels_comes_from_the_embedding_that_is_told(axis):
+    options = {"embeddings": "channel", "compression": 2, "trunk_axis": axis}
+    hyper = hyperize(nn.Sequential(nn.Conv2d(24, 40, 3)), **options)
+    layer, net = hyper[0], hyper.hypernet
+    first, second = torch.tensor([0, 39, 7]), torch.tensor([23, 0, 5])
+    z = net.family.embeddings_at(layer.chosen("weight"), layer.grids["weight"], first, second)
+    weight, bias = net.head("3x3")
+    scale, offset = layer.weight_constants
+    made = (z @ weight.t() + bias) * scale + offset
+    torch.testing.assert_close(made.view(3, 3, 3), layer.weight[first, second])
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -378,7 +378,7 @@ def test_the_report_can_be_printed_and_kept():
     with torch.no_grad():
         hyper.norm1.bias += 1
     report = fit_(hyper, teacher, data=batches, sweeps=1)
-    text = str(report)
+    text = " ".join(str(report).split())
     worst = max(report.sites, key=lambda site: site.error)
     for part in (f"{len(report.sites)} weights", f"{report.error:.3f}", worst.name, "outputs"):
         assert part in text
