@@ -262,8 +262,8 @@ def test_rates_are_chosen_without_a_look_at_test_images(
 
 def test_it_says_what_is_wrong(federated, cifar, tmp_path, capsys):
     for flags, code, message in (
-        (["--data-dir", str(tmp_path / "absent")], "^1$", "holds no images in a known layout"),
-        (["--data-dir", str(cifar), "--compression", "1e6"], "^1$", "cannot be met"),
+        (["--data-dir", str(tmp_path / "absent")], r"^1$", "holds no images in a known layout"),
+        (["--data-dir", str(cifar), "--compression", "1e6"], r"^1$", "cannot be met"),
         (["--data-dir", str(cifar), "--visits", "30"], "2", "must be a multiple of 20"),
     ):
         with pytest.raises(SystemExit, match=code):
