@@ -221,34 +221,26 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return u[:, :rank] * root, root[:, None] * v[:rank]
 
 
-def request(args: argparse.Namespace) -> HyperConfig:
-    """What the one generator is to be."""
-    return HyperConfig(
-        conditions=len(VARIANTS),
-        compression=args.compression,
-        embeddings="channel",
-        private=("conv1", "linear"),
-        seed=args.seed,
-    )
+def requests(args: argparse.Namespace) -> Iterator[HyperConfig]:
+    """What the generators of differences are to be, the largest first."""
+    for compression in sorted(args.compressions):
+        yield HyperConfig(
+            conditions=len(VARIANTS),
+            compression=compression,
+            private=("conv1", "linear"),
+            seed=args.seed,
+        )
 
 
-def generated(
-    start: nn.Module, zoo: Sequence[nn.Module], out: Path, args: argparse.Namespace
-) -> Stored:
+def generated(start: nn.Module, zoo: Sequence[nn.Module], out: Path, config: HyperConfig) -> Stored:
     """The start, and one generator for what all networks differ by from it.
 
     A generator has to spend most of its parameters on what networks that are nearly equal share.
     The start holds that already.
     """
-    first, path = out / "start.safetensors", out / "zoo.safetensors"
+    first, path = out / "start.safetensors", out / f"generator-{config.compression:g}x.safetensors"
     base = write(start.state_dict(), first, BITS)
-    plan = make_plan(
-        start,
-        conditions=len(zoo),
-        compression=args.compression,
-        private="linear",
-        seed=args.seed,
-    )
+    plan = make_plan(start, config)
     weights = {planned.site.name for planned in plan.sites}
 
     def moved(state: dict[str, Tensor], sign: int) -> dict[str, Tensor]:
@@ -261,27 +253,21 @@ def generated(
     back = load(start, path)
     states = [moved(dense_state_dict(back, condition=k), 1) for k in range(len(zoo))]
     networks = [filled(start, state) for state in states]
-    return Stored("start and one generator", size_of([first, path]), networks)
+    name = f"start and one generator, {config.compression:g}x"
+    return Stored(name, size_of([first, path]), networks)
 
 
 def generated_whole(
-    start: nn.Module, zoo: Sequence[nn.Module], out: Path, args: argparse.Namespace
+    start: nn.Module, zoo: Sequence[nn.Module], out: Path, config: HyperConfig
 ) -> Stored:
-    """One generator for the whole networks."""
-    hyper = hyperize(
-        start,
-        conditions=len(zoo),
-        compression=args.compression,
-        embeddings="channel",
-        private="linear",
-        seed=args.seed,
-    )
+    """One generator for the whole networks, of channels, which fit these best."""
+    hyper = hyperize(start, config, embeddings="channel")
     fit_(hyper, zoo)
     path = out / "whole.safetensors"
     save(hyper, path, dtype="int8")
     back = load(start, path)
     networks = [to_dense(back, condition=k).eval() for k in range(len(zoo))]
-    return Stored("one generator", size_of([path]), networks)
+    return Stored(f"one generator, {config.compression:g}x", size_of([path]), networks)
 
 
 def size_of(paths: Sequence[Path]) -> int:
@@ -294,8 +280,9 @@ def ways(start: nn.Module, zoo: Sequence[nn.Module], args: argparse.Namespace) -
     yield dense(start, zoo, args.out, BITS)
     for rank in args.ranks:
         yield differences(start, zoo, args.out, rank)
-    yield generated(start, zoo, args.out, args)
-    yield generated_whole(start, zoo, args.out, args)
+    for config in requests(args):
+        yield generated(start, zoo, args.out, config)
+    yield generated_whole(start, zoo, args.out, next(requests(args)))
 
 
 def fine_tuned_zoo(start: nn.Module, images: Images, args: argparse.Namespace) -> list[nn.Module]:
@@ -343,7 +330,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     kinds = {
         "dense": "s",
         "start and differences": "o-",
-        "start and one generator": "D",
+        "start and one generator": "D-",
         "one generator": "X",
     }
     for kind, style in kinds.items():
@@ -399,7 +386,14 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         metavar="N",
         help="of the differences (default: %(default)s)",
     )
-    flag("--compression", type=float, default=3.0, metavar="X", help="(default: %(default)s)")
+    flag(
+        "--compressions",
+        type=float,
+        nargs="+",
+        default=[3.0, 5.0, 10.0],
+        metavar="X",
+        help="of the generators (default: %(default)s)",
+    )
     flag("--seed", type=int, default=0, help="of batches and embeddings (default: %(default)s)")
     cuda = torch.cuda.is_available()
     flag("--device", default="cuda" if cuda else "cpu", help="(default: %(default)s)")
@@ -411,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     start = ResNet(SIZES[args.model], int(images.labels.max()) + 1)
     try:
         fill(start, args.checkpoint)
-        make_plan(start, request(args))  # found wanting now rather than after the training
+        for config in requests(args):  # found wanting now rather than after the training
+            make_plan(start, config)
         args.out.mkdir(parents=True, exist_ok=True)
         start = start.to(args.device).eval()
         zoo = fine_tuned_zoo(start, images, args)

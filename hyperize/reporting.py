@@ -39,7 +39,7 @@ from hyperize.sites import (
 )
 from hyperize.tables import ROWS, Column, Printed, collapse, notebook, table
 from hyperize.teacher import Teacher, relative, state_of, teachers_of, weight_of
-from hyperize.writing import replacing
+from hyperize.writing import check_target, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -229,7 +229,7 @@ class Report(Printed):
             The file's path.
 
         Raises:
-            FileError: It cannot be written.
+            FileError: It cannot be written, or its name ends as something else.
         """
         return to_html([self], path, title=title)
 
@@ -422,8 +422,9 @@ def to_html(
 
     Raises:
         ConfigError: There is no report, or they are of models with different weights.
-        FileError: The page cannot be written.
+        FileError: The page cannot be written, or its name ends as something else.
     """
+    check_target(path, ".html", ".htm")
     several = [reports] if isinstance(reports, Report) else [*reports]
     if not several:
         raise ConfigError("to_html needs at least one report, got none; make one by report().")

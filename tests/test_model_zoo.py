@@ -115,7 +115,7 @@ def test_model_zoo(zoo, root, monkeypatch, capsys):
     start = root / "start.safetensors"
     save_file(zoo.ResNet(1, 2).state_dict(), start)
     flags = ["--data-dir", str(root / "data"), "--checkpoint", str(start), "--ranks", "1", "4"]
-    flags += ["--out", str(root / "out"), "--batch-size", "8"]
+    flags += ["--out", str(root / "out"), "--batch-size", "8", "--compressions", "3"]
     tuned, calls = zoo.fine_tuned, []
 
     def interrupted(*given):
@@ -134,13 +134,17 @@ def test_model_zoo(zoo, root, monkeypatch, capsys):
     assert len(calls) == 10 - 4
     names = ["not fine-tuned", "dense, float32", "dense, 8 bits"]
     names += [f"start and differences of rank {rank}" for rank in (1, 4)]
-    assert [row.name for row in rows] == [*names, "start and one generator", "one generator"]
+    assert [row.name for row in rows] == [
+        *names,
+        "start and one generator, 3x",
+        "one generator, 3x",
+    ]
     by_name = {row.name: row for row in rows}
     assert by_name["dense, float32"].mean > 0.7
     assert abs(by_name["dense, float32"].mean - by_name["dense, 8 bits"].mean) < 0.05
     # With few of their parameters the differences are nearly all there; the whole networks are not
-    assert by_name["start and one generator"].mean > by_name["one generator"].mean
-    assert by_name["start and one generator"].size < 0.5 * by_name["dense, float32"].size
+    assert by_name["start and one generator, 3x"].mean > by_name["one generator, 3x"].mean
+    assert by_name["start and one generator, 3x"].size < 0.5 * by_name["dense, float32"].size
     sizes = [row.size for row in rows[2:5]]
     assert sizes[1] < sizes[2] < sizes[0] < by_name["dense, float32"].size
     captured = capsys.readouterr()
@@ -159,7 +163,7 @@ def test_model_zoo_says_what_is_missing(zoo, root, capsys):
     for data, checkpoint, more, message in (
         ("absent", start, [], "holds no images in a known layout"),
         ("data", root / "absent", [], "no such file"),
-        ("data", start, ["--compression", "1e6"], "cannot be met"),
+        ("data", start, ["--compressions", "1e6"], "cannot be met"),
     ):
         flags = ["--data-dir", str(root / data), "--checkpoint", str(checkpoint), *more]
         with pytest.raises(SystemExit, match=r"^1$"):

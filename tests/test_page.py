@@ -509,6 +509,14 @@ def test_an_interrupted_write_leaves_the_older_page(tmp_path, monkeypatch):
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == old
 
 
+def test_a_page_is_not_written_under_another_kinds_name(tmp_path):
+    with pytest.raises(FileError, match=r"must end in \.html"):
+        case("plan").to_html(tmp_path / "page.png")
+    with pytest.raises(FileError, match="is not a folder"):
+        case("plan").to_html(tmp_path / "absent" / "page.html")
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- What a report holds on to ------------------------------------------------------------------
 
 
