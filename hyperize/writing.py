@@ -64,7 +64,10 @@ def replacing(target: Path) -> Iterator[Path]:
     """
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # of any new file; safetensors lets nobody else read its own
         yield part
+        part.chmod(mode)
         with part.open("rb+") as file:
             os.fsync(file.fileno())  # on the disk before the name points to it
         os.replace(part, target)

@@ -606,7 +606,7 @@ def test_a_package_that_is_not_installed_can_save(tmp_path, monkeypatch):
     def lacking(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(files, "version", lacking)
+    monkeypatch.setattr("hyperize.reporting.version", lacking)
     save(hyperize(small("test_resnet"), compression=2), tmp_path / "f")
     load_timm(tmp_path / "f")
 
@@ -677,3 +677,11 @@ def test_a_killed_save_leaves_a_whole_file(tmp_path):
         process.stdout.close()
         load_timm(path)
     shutil.rmtree(tmp_path)
+
+
+def test_a_file_has_the_permissions_of_any_new_one(tmp_path):
+    other = tmp_path / "other"
+    other.touch()
+    hyper = hyperize(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3)), compression=3)
+    written = save(hyper, tmp_path / "hyper.safetensors")
+    assert Path(written.path).stat().st_mode == other.stat().st_mode
