@@ -634,7 +634,12 @@ def test_an_interrupted_table_keeps_its_rows():
     """Rows are there as they are planned, and Ctrl-C is no error of Python's."""
     command = [sys.executable, "-m", "hyperize", "zoo", "--filter", "*"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Children of a job in a shell's background ignore the signal, and pass that on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as run:
         lines = [run.stdout.readline() for _ in range(4)]
         run.send_signal(signal.SIGINT)

@@ -35,6 +35,7 @@ ANOTHER_SUM = 1e-4
 def script(monkeypatch):
     """The example, imported as a script would be."""
     monkeypatch.syspath_prepend(EXAMPLES)
+    forget()
     yield importlib.import_module("train_distributed")
     forget()
 

@@ -524,7 +524,13 @@ def test_what_cannot_be_sharded():
 # ------------------------------------------------------------------------ accelerate and Lightning
 @pytest.fixture
 def _accelerate():
+    forget()  # what other tests of this process have left, those of the documentation too
     yield
+    forget()
+
+
+def forget():
+    """Lets the next use of accelerate in this process be of another kind."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
 
