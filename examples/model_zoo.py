@@ -53,7 +53,6 @@ from hyperize import (
     make_plan,
     report,
     save,
-    to_dense,
 )
 from hyperize.rounding import decode, encode, is_matrix
 
@@ -249,10 +248,7 @@ def generated(start: nn.Module, zoo: Sequence[nn.Module], out: Path, config: Hyp
     hyper = hyperize(start, plan)
     print(report(hyper), end="\n\n")
     print(fit_(hyper, [moved(model.state_dict(), -1) for model in zoo]), end="\n\n")
-    save(hyper, path, dtype="int8")
-    back = load(start, path)
-    states = [moved(dense_state_dict(back, condition=k), 1) for k in range(len(zoo))]
-    networks = [filled(start, state) for state in states]
+    networks = [filled(start, moved(state, 1)) for state in read_back(hyper, start, path)]
     name = f"start and one generator, {config.compression:g}x"
     return Stored(name, size_of([first, path]), networks)
 
@@ -264,10 +260,16 @@ def generated_whole(
     hyper = hyperize(start, config, embeddings="channel")
     fit_(hyper, zoo)
     path = out / "whole.safetensors"
+    networks = [filled(start, state) for state in read_back(hyper, start, path)]
+    return Stored(f"one generator, {config.compression:g}x", size_of([path]), networks)
+
+
+def read_back(hyper: nn.Module, start: nn.Module, path: Path) -> Iterator[dict[str, Tensor]]:
+    """Writes a hyperized model to a file, and gives the dense tensors of its networks from it."""
     save(hyper, path, dtype="int8")
     back = load(start, path)
-    networks = [to_dense(back, condition=k).eval() for k in range(len(zoo))]
-    return Stored(f"one generator, {config.compression:g}x", size_of([path]), networks)
+    for k in range(len(VARIANTS)):
+        yield dense_state_dict(back, condition=k)
 
 
 def size_of(paths: Sequence[Path]) -> int:

@@ -105,7 +105,8 @@ class CapturedStep:
             optimizer.step()
             return value.detach()
 
-        before = {id(t): t.detach().clone() for t in _tensors(run)}  # with no graph, see below
+        # Clones with a graph would tie the parameters' gradients to the stream of now
+        before = {id(t): t.detach().clone() for t in _tensors(run)}
         # A stream of its own, so that the kernels of several runs fill the device together
         self.stream = torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
