@@ -19,3 +19,20 @@ def _eighty_columns(monkeypatch):
 def _seeded():
     """Every test starts from the same state of torch's global generator."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def forget_accelerate():
+    """Lets the next use of accelerate be of another kind; it keeps what the first of a process was.
+
+    The function is called before the test and after it, and is there to be called in between.
+    """
+    state = pytest.importorskip("accelerate.state")
+
+    def forget():
+        for kept in (state.AcceleratorState, state.GradientState, state.PartialState):
+            kept._reset_state()
+
+    forget()  # what other tests of this process have left, those of the documentation too
+    yield forget
+    forget()

@@ -13,7 +13,6 @@ import psutil
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from timm.data import ImageDataset, create_transform, resolve_model_data_config
 
@@ -32,18 +31,10 @@ ANOTHER_SUM = 1e-4
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script(monkeypatch, forget_accelerate):
     """The example, imported as a script would be."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    forget()
-    yield importlib.import_module("train_distributed")
-    forget()
-
-
-def forget():
-    """Lets the next run of this process be of another kind; accelerate keeps what the first was."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    return importlib.import_module("train_distributed")
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +204,11 @@ def test_two_processes_are_one_with_larger_batches(script, flags, tmp_path):
     hyperize.load(timm.create_model("test_convnext", num_classes=3), two / "hyper.safetensors")
 
 
-def test_half_precision_and_workers(script, flags, tmp_path):
+def test_half_precision_and_workers(script, forget_accelerate, flags, tmp_path):
     """What an image becomes does not depend on who reads it; bfloat16 is not float32."""
     curves = {}
     for name, more in {"plain": (), "workers": ("--workers", "1"), "amp": ("--amp",)}.items():
-        forget()
+        forget_accelerate()
         script.main([*flags, "--epochs", "1", *more, "--output", str(tmp_path / name)])
         curves[name] = losses(tmp_path / name)
     assert curves["workers"] == curves["plain"]
@@ -225,10 +216,10 @@ def test_half_precision_and_workers(script, flags, tmp_path):
     assert curves["amp"] == pytest.approx(curves["plain"], rel=0.2)
 
 
-def test_factors_of_weights_make_the_same_curve(script, flags, tmp_path):
+def test_factors_of_weights_make_the_same_curve(script, forget_accelerate, flags, tmp_path):
     flags += ["--model", "resnet10t", "--epochs", "1"]
     for name, more in {"weights": (), "factors": ("--factorized",)}.items():
-        forget()
+        forget_accelerate()
         script.main([*flags, *more, "--output", str(tmp_path / name)])
     assert losses(tmp_path / "weights") != losses(tmp_path / "factors")
     first, second = (losses(tmp_path / name) for name in ("weights", "factors"))

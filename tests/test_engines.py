@@ -20,7 +20,6 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from models import CRNN, Stage, Tied, accelerate, randomise, same
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
@@ -522,19 +521,6 @@ def test_what_cannot_be_sharded():
 
 
 # ------------------------------------------------------------------------ accelerate and Lightning
-@pytest.fixture
-def _accelerate():
-    forget()  # what other tests of this process have left, those of the documentation too
-    yield
-    forget()
-
-
-def forget():
-    """Lets the next use of accelerate in this process be of another kind."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 def one_of(i):
     """Batches 0, 1, 0, 1, ..."""
     return half(i % 2)
@@ -571,7 +557,7 @@ def plain_loop(steps, dtype=None):
     return losses, model
 
 
-@pytest.mark.usefixtures("_accelerate")
+@pytest.mark.usefixtures("forget_accelerate")
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision, tmp_path):
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
