@@ -24,13 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 from cifar_wrn_paper import WideResNet
-from paper import muon
 from train_cifar import SIZES, ResNet
 
 from benchmarks.lowrank import Replace, cp, shrunk, size, svd, tucker
-from hyperize import HyperConfig, hyperize, param_groups
+from hyperize import HyperConfig, HyperMuon, hyperize, param_groups
 from hyperize.parts import generated_layers
-from hyperize.training import EMBEDDING_LR, GENERATOR_LR
 
 WIDTHS = 0.99
 """Factor by which a thinner network's width is lowered until it is small enough."""
@@ -96,22 +94,17 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
-        optimizer: "sgd" (Nesterov momentum 0.9), "adam", or "muon" (for matrices; Adam for the
-            rest).
+        optimizer: "sgd" (Nesterov momentum 0.9), "adam", or "muon" (`hyperize.HyperMuon`).
         lr: Middle of the learning rates to choose from.
-        decay: Weight decay of all matrices, those that generate weights too. Decoupled from the
-            gradients but for "sgd".
+        decay: Weight decay, of generated weights only for "muon". Decoupled from the gradients but
+            for "sgd".
         l2: With a decay of 0: L2 penalty on kernels, generated ones or not, for "sgd" and "adam".
-        embedding_lr: Factor on the learning rate of the embeddings; only with a decay.
-        generator_lr: Factor on that of the generator; only with a decay.
     """
 
     optimizer: str
     lr: float
     decay: float = 0.0
     l2: float = 0.0
-    embedding_lr: float = 1.0
-    generator_lr: float = 1.0
 
 
 Build = Callable[[Subject, int, int, int, Mapping[str, Any]], nn.Module]
@@ -170,17 +163,16 @@ def lowrank(replace: Replace) -> Build:
     return build
 
 
-MUON = Recipe("muon", 0.04, decay=0.05)
-GENERATED = replace(MUON, lr=0.02, embedding_lr=EMBEDDING_LR, generator_lr=GENERATOR_LR)
+MUON = Recipe("muon", 0.02, decay=0.1)
 METHODS: dict[str, Method] = {
     "dense": Method(dense, MUON),
     "thin": Method(thin, MUON),
     "svd": Method(lowrank(svd), MUON),
     "tucker": Method(lowrank(tucker), MUON),
     "cp": Method(lowrank(cp), MUON),
-    "paper": Method(paper, GENERATED),
-    "tile": Method(ours, GENERATED),
-    "channel": Method(channel, GENERATED),
+    "paper": Method(paper, MUON),
+    "tile": Method(ours, MUON),
+    "channel": Method(channel, MUON),
 }
 FREE = ("dense", "paper")
 """Methods whose size is what it is."""
@@ -228,21 +220,15 @@ def optimizer_of(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.O
         ValueError: There is no such optimizer, or the recipe contradicts itself.
     """
     gpu = device.startswith("cuda")
-    factors = {"embedding_lr": recipe.embedding_lr, "generator_lr": recipe.generator_lr}
     if recipe.decay and recipe.l2:
         raise ValueError(f"decay={recipe.decay} and l2={recipe.l2}: one of them must be 0")
-    if not recipe.decay and factors != {"embedding_lr": 1.0, "generator_lr": 1.0}:
-        raise ValueError(f"{factors} without a decay of the matrices; give decay=")
     if recipe.l2 and recipe.optimizer == "muon":
         raise ValueError(f"l2={recipe.l2}: muon has no L2 penalty; give decay=")
-    if recipe.decay:
-        groups = param_groups(model, recipe.decay, lr=1.0, **factors)
-    else:
-        groups = param_groups(model, recipe.l2)
+    if recipe.optimizer == "muon":
+        return HyperMuon(model, 1.0, recipe.decay, capturable=gpu)
+    groups = param_groups(model, recipe.decay or recipe.l2)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True, fused=gpu)
-    if recipe.optimizer == "muon":
-        return muon(groups, gpu)
     if recipe.optimizer == "adam":
         adam = torch.optim.AdamW if recipe.decay else torch.optim.Adam
         return adam(groups, lr=1.0, fused=gpu, capturable=gpu)

@@ -14,12 +14,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from timm.optim import Muon
 from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import CIFAR10, ImageFolder
 
-from hyperize import dense_state_dict, hyperize, param_groups, report, save
+from hyperize import HyperMuon, dense_state_dict, hyperize, report, save
 
 
 def main(argv: Sequence[str] | None = None) -> float:
@@ -55,11 +54,10 @@ def main(argv: Sequence[str] | None = None) -> float:
     hyper = hyperize(model, compression=args.compression, seed=0).to(device)
     print(report(hyper))
 
-    # Training, as of any model; `param_groups` gives embeddings and generator rates of their own
-    optimizer = Muon(param_groups(hyper, weight_decay=0.05, lr=0.02), nesterov=True)
-    peaks = [group["lr"] for group in optimizer.param_groups]
+    # Training, as of any model; the optimizer measures its steps in the generated weights
+    optimizer = HyperMuon(hyper, lr=0.02, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, peaks, total_steps=args.epochs * len(batches), cycle_momentum=False
+        optimizer, 0.02, total_steps=args.epochs * len(batches), cycle_momentum=False
     )
     for epoch in range(args.epochs):
         hyper.train()

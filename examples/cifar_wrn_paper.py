@@ -32,12 +32,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from paper import Run, experiment, make_parser, make_run, muon, positive, steps_per_epoch
+from paper import Run, experiment, make_parser, make_run, positive, steps_per_epoch
 from torch import Tensor, nn
 from train_cifar import read
 from twins import Images, Result, refuse
 
-from hyperize import HyperConfig, hyperize, param_groups, report
+from hyperize import HyperConfig, HyperMuon, hyperize, param_groups, report
 
 STEPS = {"dense": 140_000, "hyper": 672_000}
 """Length of the paper's training."""
@@ -46,9 +46,8 @@ STAIRS = {
     "hyper": ((0.25, 0.002), (0.5, 0.001), (0.75, 0.0002), (1.0, 0.00005)),
 }
 """Until which share of the training which learning rate holds."""
-PEAKS = {"dense": 0.04, "hyper": 0.02}
-"""Peak of Muon's learning rate with `--short`, where they were best of those tried."""
-SHORT_EPOCHS, SHORT_DECAY = 3, 0.05
+SHORT_EPOCHS, SHORT_PEAK, SHORT_DECAY = 3, 0.02, 0.1
+"""With `--short`: length, the peak of Muon's learning rate, and its weight decay."""
 L2 = 0.0005
 """Of the WRN paper."""
 
@@ -149,8 +148,8 @@ def make_runs(models: dict[str, nn.Module], args: argparse.Namespace, train: Ima
         steps = given or STEPS[name]
         optimizer: torch.optim.Optimizer
         if args.short:
-            optimizer = muon(param_groups(model, SHORT_DECAY, lr=1.0), gpu)
-            runs.append(make_run(name, model, optimizer, one_cycle(PEAKS[name], steps), steps))
+            optimizer = HyperMuon(model, 1.0, SHORT_DECAY, capturable=gpu)
+            runs.append(make_run(name, model, optimizer, one_cycle(SHORT_PEAK, steps), steps))
             continue
         groups = param_groups(model, args.l2)
         if name == "dense":

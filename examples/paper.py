@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.optim import Muon
 from torch import Tensor, nn
 from twins import Images, Result, Twin, classified, evaluate, print_table, shuffled, train
 
@@ -68,16 +67,6 @@ def make_run(
     """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     return Run(name, model.train(), optimizer, schedule, steps, l2=l2)
-
-
-def muon(groups: Sequence[dict[str, Any]], gpu: bool) -> torch.optim.Optimizer:
-    """Muon of timm, with a learning rate of 1: Adam for what has one axis.
-
-    Args:
-        groups: As of `param_groups`.
-        gpu: The step is to be captured in a CUDA graph, which needs timm 1.0.31.
-    """
-    return Muon(groups, lr=1.0, nesterov=True, **({"capturable": True} if gpu else {}))
 
 
 def make_parser(description: str, *, data: bool = True, **defaults: Any) -> argparse.ArgumentParser:

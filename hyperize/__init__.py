@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hyperize.folders import from_pretrained, load_timm, save_pretrained
     from hyperize.graph import as_graph
     from hyperize.layers import LayerSpec, register_layer
+    from hyperize.muon import HyperMuon
     from hyperize.networks import add_condition, at_condition
     from hyperize.onnx import OnnxReport, export_onnx
     from hyperize.plan import Plan
@@ -64,6 +65,7 @@ __all__ = [
     "HyperLSTMCell",
     "HyperRNN",
     "HyperRNNCell",
+    "HyperMuon",
     "param_groups",
     "generated_l2",
     "condition",
@@ -97,6 +99,7 @@ if not TYPE_CHECKING:
         "folders",
         "graph",
         "layers",
+        "muon",
         "networks",
         "onnx",
         "plan",

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,6 +75,28 @@ class Net(Protocol):
     def children(self) -> Iterator[nn.Module]: ...
 
     def get_submodule(self, target: str) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How far a change of a matrix of parameters moves weights.
+
+    The squared norm of the weights' change is scale^2 * trace(left X right X^T) for a change X of
+    the matrix. Of a matrix that makes several weights, it is the mean over these.
+
+    Attributes:
+        right: Gram matrix of what the rows are multiplied by, (n, n) for a matrix (m, n).
+        sides: Rows and columns of the weight, seen as a matrix whose rows or columns the matrix's
+            rows make.
+        scale: A scalar, or None for 1.
+        left: Gram matrix of what blocks of rows are multiplied by, (b, b) with b a divisor of m;
+            None for the identity.
+    """
+
+    right: Tensor
+    sides: tuple[float, float]
+    scale: Tensor | None = None
+    left: Tensor | None = None
 
 
 class Family:
@@ -162,6 +185,23 @@ class Family:
         """The sum of the squares of all weights, without making them; None if it cannot be had.
 
         The squared norm of a product A B^T is the sum over A^T A * B^T B, of two small matrices.
+        """
+        return None
+
+    def metrics(
+        self, net: Net, sites: Sequence[Site]
+    ) -> tuple[list[list[Metric]], dict[str, Metric]] | None:
+        """How far changes of the parameters move weights, for `hyperize.HyperMuon`.
+
+        Args:
+            net: The hypernetwork.
+            sites: Of the weights.
+
+        Returns:
+            For each weight, of its embeddings, divided as `split` says; and of each matrix of the
+            hypernetwork that weights are made with, by its path; what is left out is trained by
+            plain Muon. None if this family cannot tell. A subclass with other arithmetic has
+            other metrics.
         """
         return None
 
@@ -308,6 +348,37 @@ class OneLayer(Family):
                     total.append(-(right[weights:] @ of_site[-1]).square().sum())
         return torch.stack(total).sum()
 
+    def metrics(
+        self, net: Net, sites: Sequence[Site]
+    ) -> tuple[list[list[Metric]], dict[str, Metric]]:
+        own: dict[int, list[Metric]] = {}
+        shared: dict[str, Metric] = {}
+        for kernel, members in _by_kernel(sites).items():
+            grams: dict[int, Tensor] = {}
+            rows = []
+            for at in members:
+                z, (scale, _), grid = sites[at]
+                weight, _ = _used(net, grid)
+                if len(weight) not in grams:
+                    grams[len(weight)] = weight.t() @ weight
+                own[at] = [self.embedding_metric(net, grams[len(weight)], scale, grid)]
+                rows.append(self.hidden(net, z, scale, grid))
+            shared[f"heads.{kernel}.weight"] = Metric(
+                _gram(rows), _sides(len(net.head(kernel)[0]), sites, members)
+            )
+        return [own[at] for at in range(len(sites))], shared
+
+    def embedding_metric(self, net: Net, gram: Tensor, scale: Tensor, grid: Grid) -> Metric:
+        """Of a weight's embeddings.
+
+        Args:
+            net: The hypernetwork.
+            gram: Of the head, (d, d).
+            scale: The weight's.
+            grid: How it is cut.
+        """
+        return Metric(gram, (grid.tiles, math.prod(grid.shape) / grid.tiles), scale)
+
     def stacks(
         self, net: Net, sites: Sequence[Site]
     ) -> Iterator[tuple[list[int], Stack, Tensor, Tensor]]:
@@ -420,6 +491,24 @@ class TwoLayers(OneLayer):
         a = linear(z, weight, bias) if scale is None else linear(z * scale, weight, bias * scale)
         return grid.unstack(a)
 
+    def metrics(
+        self, net: Net, sites: Sequence[Site]
+    ) -> tuple[list[list[Metric]], dict[str, Metric]]:
+        own, shared = super().metrics(net, sites)
+        lefts = {kernel: (w := net.head(kernel)[0]).t() @ w for kernel in net.heads}
+        left = torch.stack([lefts[grid.kernel] for *_, grid in sites]).mean(0)
+        right = _gram([z * scale for z, (scale, _), _ in sites])
+        width = sum(grid.width * grid.elements for *_, grid in sites) / len(sites)
+        sides = _sides(width, sites, range(len(sites)))
+        shared["trunk.weight"] = Metric(right, sides, left=left)
+        return own, shared
+
+    def embedding_metric(self, net: Net, gram: Tensor, scale: Tensor, grid: Grid) -> Metric:
+        trunk = net.layer("trunk")[0]
+        parts = trunk.view(grid.lead, -1, trunk.shape[1])  # (lead * d, Nz) -> (lead, d, Nz)
+        gram = (parts.mT @ (gram @ parts)).sum(0)  # (lead, Nz, d) @ (lead, d, Nz), over the lead
+        return super().embedding_metric(net, gram, scale, grid)
+
     def stacked(
         self, net: Net, stack: Stack, z: Sequence[Tensor], constants: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -491,8 +580,7 @@ class Channels(Family):
     def together(self, net: Net, sites: Sequence[Site], dtype: torch.dtype) -> list[Tensor]:
         """One product for each weight, of factors that are made together for each head."""
         weights: dict[int, Tensor] = {}
-        for kernel in dict.fromkeys(grid.kernel for *_, grid in sites):
-            members = [at for at, (*_, grid) in enumerate(sites) if grid.kernel == kernel]
+        for kernel, members in _by_kernel(sites).items():
             z, constants, grids = zip(*(sites[at] for at in members), strict=True)
             stack = Stack(grids)
             sides = stack.collect(z).split([n for grid in grids for n in (grid.rows, grid.width)])
@@ -519,6 +607,27 @@ class Channels(Family):
             out, into, kernel = (f.t() @ f for f in flat)
             total.append((out * into * kernel).sum())
         return torch.stack(total).sum()
+
+    def metrics(
+        self, net: Net, sites: Sequence[Site]
+    ) -> tuple[list[list[Metric]], dict[str, Metric]]:
+        own: dict[int, list[Metric]] = {}
+        shared: dict[str, Metric] = {}
+        for kernel, members in _by_kernel(sites).items():
+            weight, _ = net.head(kernel)
+            of_kernel, both = weight.t() @ weight, []
+            for at in members:
+                z, (scale, _), grid = sites[at]
+                rows, columns = (f.t() @ f for f in z.split(self.split(grid)))
+                weights = math.prod(grid.shape)
+                own[at] = [
+                    Metric(columns * of_kernel, (grid.rows, weights / grid.rows), scale),
+                    Metric(rows * of_kernel, (grid.width, weights / grid.width), scale),
+                ]
+                both.append(rows * columns * scale.square())
+            sides = _sides(len(weight), sites, members)
+            shared[f"heads.{kernel}.weight"] = Metric(torch.stack(both).mean(0), sides)
+        return [own[at] for at in range(len(sites))], shared
 
     def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
         z, (scale, offset), grid = site
@@ -622,6 +731,26 @@ def with_column(x: Tensor, column: Tensor) -> Tensor:
 def with_ones(x: Tensor) -> Tensor:
     """A column of ones, which the bias is multiplied by."""
     return with_column(x, x.new_ones(len(x)))
+
+
+def _by_kernel(sites: Sequence[Site]) -> dict[str, list[int]]:
+    """Kernel size -> numbers of the weights that have it."""
+    members: dict[str, list[int]] = {}
+    for at, (*_, grid) in enumerate(sites):
+        members.setdefault(grid.kernel, []).append(at)
+    return members
+
+
+def _gram(matrices: Sequence[Tensor]) -> Tensor:
+    """The mean of the Gram matrices of matrices (any, n)."""
+    stacked = torch.cat(list(matrices))
+    return stacked.t() @ stacked / len(matrices)
+
+
+def _sides(side: float, sites: Sequence[Site], members: Sequence[int]) -> tuple[float, float]:
+    """One side of weights seen as matrices, and the mean of the other."""
+    weights = sum(math.prod(sites[at][2].shape) for at in members) / len(members)
+    return side, weights / side
 
 
 def _member(problem: Any, at: int) -> Member:

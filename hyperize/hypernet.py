@@ -170,7 +170,7 @@ class HyperNet(nn.Module):
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, as a parameter
                 return self._generate(embedding, constants, grid)
-        with _no_autocast(embedding.device.type):
+        with no_autocast(embedding.device.type):
             site = self._site(embedding, constants, grid)
             weight = grid.join(linear(*self.family.factors(self, site))).to(embedding.dtype)
         return like_a_parameter(weight, embedding.requires_grad)
@@ -195,7 +195,7 @@ class HyperNet(nn.Module):
             and, with a lower dtype, of their operands.
         """
         first = embeddings[0]
-        with _no_autocast(first.device.type):
+        with no_autocast(first.device.type):
             sites = [self._site(*site) for site in zip(embeddings, constants, grids, strict=True)]
             if dtype is None:
                 weights = self.family.together(self, sites, sites[0][0].dtype)
@@ -211,7 +211,7 @@ class HyperNet(nn.Module):
 
         Arguments as in `together`. The weights are not made.
         """
-        with _no_autocast(embeddings[0].device.type):
+        with no_autocast(embeddings[0].device.type):
             sites = [self._site(*site) for site in zip(embeddings, constants, grids, strict=True)]
             return self.family.squares(self, sites)
 
@@ -222,7 +222,7 @@ class HyperNet(nn.Module):
         return [(table, name, p) for table in tables for name, p in table.items() if p is not None]
 
     def _factorize(self, embedding: Tensor, constants: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-        with _no_autocast(embedding.device.type):
+        with no_autocast(embedding.device.type):
             thin = self.family.thin_factors(self, self._site(embedding, constants, grid))
             return tuple(factor.to(embedding.dtype) for factor in thin)
 
@@ -232,7 +232,7 @@ class HyperNet(nn.Module):
 
     def expand(self, factors: tuple[Tensor, ...], grid: Grid) -> Tensor:
         """A weight, of the factors that `forward` has returned; equal but for rounding."""
-        with _no_autocast(factors[0].device.type):
+        with no_autocast(factors[0].device.type):
             return expand(factors, grid.shape, grid.axis)
 
     @torch.no_grad()
@@ -254,7 +254,7 @@ class HyperNet(nn.Module):
             grid: As in `forward`.
             grams: What weights of the same head share, kept from call to call; empty at first.
         """
-        with _no_autocast(embedding.device.type):
+        with no_autocast(embedding.device.type):
             site = self._site(embedding, constants, grid)
             rows, weight, bias = (t.float() for t in self.family.factors(self, site))
         if rows.shape[0] * weight.shape[0] != math.prod(grid.shape):  # less what is padding
@@ -373,7 +373,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.linalg.vector_norm(x - mean) / math.sqrt(size)
 
 
-def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+def no_autocast(device_type: str) -> AbstractContextManager[object]:
     """A dense parameter keeps its dtype under autocast, and so does a generated one."""
     # Compilers of older torch versions cannot ask, and what they compile for has autocast
     if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):

@@ -27,20 +27,11 @@ from hyperize.tiling import Grid
 
 __all__ = ["GeneratedL2", "generated_l2", "param_groups"]
 
-EMBEDDING_LR, GENERATOR_LR = 3.0, 0.5
-"""Factors on the learning rate that won with Muon, see docs/compression.md."""
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
 """Norms whose gains can have several axes; all others' are vectors."""
 
 
-def param_groups(
-    model: nn.Module,
-    weight_decay: float = 0.01,
-    *,
-    lr: float | None = None,
-    embedding_lr: float = EMBEDDING_LR,
-    generator_lr: float = GENERATOR_LR,
-) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, weight_decay: float = 0.01) -> list[dict[str, Any]]:
     """Sorts a model's parameters into those that weight decay acts on, and the rest.
 
     Decayed are the ordinary weights of two axes or more. Not decayed are biases, norms, whatever
@@ -50,79 +41,41 @@ def param_groups(
 
         optimizer = torch.optim.AdamW(param_groups(hyper, weight_decay=0.05), lr=1e-3)
 
-    With a learning rate the groups have theirs, and the matrices that generate weights decay, too.
-    That is the recipe for training from scratch with Muon, whose steps have a size of their own, so
-    that they would turn growing matrices less and less:
-
-        optimizer = timm.optim.Muon(param_groups(hyper, 0.05, lr=0.02), nesterov=True)
-
     Args:
         model: A hyperized model or a plain one, wrapped or not; not changed.
         weight_decay: Of the decayed group, as the optimizer takes it.
-        lr: Learning rate of what does not generate weights.
-        embedding_lr: Factor on it for embeddings; used with `lr`.
-        generator_lr: Factor on it for the hypernetwork; used with `lr`.
 
     Returns:
-        Two groups, the decayed one first; one of them may be empty. With `lr` up to three more, of
-        the other learning rates. Each trainable parameter is in one of them, once, in the order of
-        `model.parameters()`; frozen ones are left out. Embeddings of several networks or of a
-        vector (`conditions`, `condition_dim`) never decay, as other networks share them.
+        Two groups, the decayed one first; one of them may be empty. Each trainable parameter is in
+        one of them, once, in the order of `model.parameters()`; frozen ones are left out.
 
     Raises:
-        ConfigError: `weight_decay` is not a finite number of at least 0, or a rate or factor is
-            none above 0.
+        ConfigError: `weight_decay` is not a finite number of at least 0.
         ModelError: `model` is not a module, or has no trainable parameters.
     """
-    _check("weight_decay", weight_decay, zero=True)
-    for name, value in (("embedding_lr", embedding_lr), ("generator_lr", generator_lr)):
-        _check(name, value)
-    if lr is not None:
-        _check("lr", lr)
+    if (
+        isinstance(weight_decay, bool)
+        or not isinstance(weight_decay, (int, float))
+        or not 0 <= weight_decay < math.inf
+    ):
+        raise ConfigError(f"weight_decay must be a finite number >= 0, got {weight_decay!r}.")
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch.nn.Module, got {type(model).__name__}.")
     spared = {id(param) for param in _spared(model)}
-    factors: dict[int, float] = {}
-    if lr is not None:
-        embeddings, generators = _generating(model)
-        factors |= dict.fromkeys(map(id, generators), generator_lr)
-        factors |= dict.fromkeys(map(id, embeddings), embedding_lr)
-        spared -= {id(param) for param in (*embeddings, *generators) if param.ndim == 2}
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for path, param in model.named_parameters():
         if param.requires_grad:
             vector = param.ndim < 2 or "bias" in path.rpartition(".")[2]
-            decays = not vector and id(param) not in spared
-            groups.setdefault((decays, factors.get(id(param), 1.0)), []).append(param)
-    if not any(groups.values()):
+            (free if vector or id(param) in spared else decayed).append(param)
+    if not decayed and not free:
         raise ModelError(
             f"{type(model).__name__} has no trainable parameters, so there is nothing to optimize."
         )
     return [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0}
-        | ({} if lr is None else {"lr": lr * factor})
-        for (decays, factor), params in groups.items()
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
     ]
-
-
-def _check(name: str, value: Any, *, zero: bool = False) -> None:
-    """Raises ConfigError unless it is a finite number above 0, or `zero`."""
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not (0 < value < math.inf or (zero and value == 0)):
-        least = ">= 0" if zero else "> 0"
-        raise ConfigError(f"{name} must be a finite number {least}, got {value!r}.")
-
-
-def _generating(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The embeddings, and the parameters of hypernetworks."""
-    embeddings: list[nn.Parameter] = []
-    generators: list[nn.Parameter] = []
-    for module in model.modules():
-        if isinstance(module, HyperNet):
-            generators.extend(module.parameters())
-        elif isinstance(module, Generated):
-            embeddings.extend(module.embedding(name) for name in module.generated)
-    return embeddings, generators
 
 
 def _spared(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -104,7 +104,7 @@ def test_rates_are_chosen_on_held_out_images_and_the_test_set_is_touched_once(
 
 @pytest.mark.parametrize(
     "method",
-    ["tile", "thin", "tile:optimizer=adam,lr=0.01,decay=0,l2=0.0005,embedding_lr=1,generator_lr=1"],
+    ["tile", "thin", "tile:optimizer=adam,lr=0.01,decay=0,l2=0.0005"],
 )
 def test_an_interrupted_training_ends_as_if_it_had_not_been(accuracy, method, data, tmp_path):
     class Killed(queue.Queue):
@@ -176,15 +176,22 @@ def test_trainings_in_one_process_are_those_of_each_alone(accuracy, data, tmp_pa
 
 
 def test_what_a_recipe_says_reaches_its_parameters(recipes):
-    method, options = recipes.parse("tile:embedding_lr=4,generator_lr=0.25,decay=0.1")
-    model = method.build(recipes.SUBJECTS["resnet20"], 10, 60_000, 0, options)
-    groups = recipes.optimizer_of(model, method.recipe, "cpu").param_groups
-    lr = {id(p): g["lr"] for g in groups for p in g["params"]}
-    assert len(lr) == len(list(model.parameters()))
-    assert {lr[id(p)] for p in model.hypernet.parameters()} == {0.25}
-    assert lr[id(model.layer1[0].conv1.embedding("weight"))] == 4
-    assert lr[id(model.conv1.weight)] == lr[id(model.bn1.weight)] == 1
-    assert {g["weight_decay"] for g in groups} == {0.1, 0.0}
+    for text, kind in (("", "HyperMuon"), (",optimizer=adam", "AdamW"), (",optimizer=sgd", "SGD")):
+        method, options = recipes.parse(f"tile:decay=0.3{text}")
+        model = method.build(recipes.SUBJECTS["resnet20"], 10, 60_000, 0, options)
+        optimizer = recipes.optimizer_of(model, method.recipe, "cpu")
+        assert type(optimizer).__name__ == kind
+        decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+        assert len(decay) == len(list(model.parameters()))
+        assert {g["lr"] for g in optimizer.param_groups} == {1.0}
+        assert decay[id(model.conv1.weight)] == 0.3
+        assert decay[id(model.bn1.weight)] == 0
+        of_both = {decay[id(p)] for p in (model.hypernet.heads["3x3"].weight, table(model))}
+        assert of_both == ({0.15} if kind == "HyperMuon" else {0.0})
+
+
+def table(model):
+    return model.layer1[0].conv1.embedding("weight")
 
 
 @pytest.mark.parametrize(
@@ -192,8 +199,7 @@ def test_what_a_recipe_says_reaches_its_parameters(recipes):
     [
         ("optimizer=lbfgs", "lbfgs"),
         ("l2=0.1", "one of them must be 0"),
-        ("decay=0,l2=0.1,embedding_lr=1,generator_lr=1", "muon has no L2"),
-        ("decay=0,optimizer=adam", "give decay="),
+        ("decay=0,l2=0.1", "muon has no L2"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(recipes, text, words):

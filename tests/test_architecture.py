@@ -53,7 +53,7 @@ ORDER = [
         "graph",
         "onnx",
     ),
-    *("training", "distributed", "solver", "fitting"),
+    *("training", "muon", "distributed", "solver", "fitting"),
     *("outputs", "factories", "commands", "cli", "__main__"),
 ]
 """Each module imports only from modules before it."""

@@ -257,7 +257,7 @@ def test_the_training_loop_of_the_examples_captures_its_steps(optimizer, monkeyp
     recipes = importlib.import_module("benchmarks.recipes")
     paper, twins = (importlib.import_module(name) for name in ("paper", "twins"))
     hyper = image_model("resnet18")
-    recipe = recipes.Recipe(optimizer, 0.01, embedding_lr=2.0)
+    recipe = recipes.Recipe(optimizer, 0.01)
     runs = []
     for capture in (False, True):
         model = copy.deepcopy(hyper)

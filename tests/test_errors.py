@@ -21,6 +21,7 @@ from hyperize import (
     ConfigError,
     HyperConfig,
     HyperizeError,
+    HyperMuon,
     LayerSpec,
     ModelError,
     as_graph,
@@ -295,6 +296,15 @@ def test_a_hyper_model_under_fsdp2_trains_and_is_refused_by_the_inverse():
     for call in INVERSE:
         with pytest.raises(ModelError, match="FSDP2"):
             call(hyper)
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("part", ["", "conv1"])
+def test_an_optimizer_of_whole_matrices_refuses_shards(part):
+    hyper = hyperize(Stage(), compression=2)
+    fully_shard(hyper.get_submodule(part), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ModelError, match="HyperMuon takes whole matrices"):
+        HyperMuon(hyper)
 
 
 @pytest.mark.usefixtures("_process_group")

@@ -13,7 +13,6 @@ from torch import nn
 import hyperize
 from hyperize import HyperConfig
 from hyperize.parts import generated_layers
-from hyperize.training import EMBEDDING_LR, GENERATOR_LR
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -351,18 +350,19 @@ def test_shorter_runs_are_as_long_for_both(cifar, example, flags, steps):
     assert dense.steps == hyper.steps == steps
     short = "--short" in flags
     for name, run in (("dense", dense), ("hyper", hyper)):
-        start = 0.04 * cifar.PEAKS[name] if short else cifar.STAIRS[name][0][1]
+        start = 0.04 * cifar.SHORT_PEAK if short else cifar.STAIRS[name][0][1]
         assert run.optimizer.param_groups[0]["lr"] == pytest.approx(start)
 
 
 def test_the_short_recipe_is_muon_for_both(cifar, example, capsys):
     dense, hyper = runs_of(cifar, example, ["--short", "--batch-size", "8"])
     for run in (dense, hyper):
-        assert type(run.optimizer).__name__ == "Muon"
+        assert type(run.optimizer).__name__ == "HyperMuon"
         assert run.l2 == 0
-        assert {g["weight_decay"] for g in run.optimizer.param_groups} == {cifar.SHORT_DECAY, 0.0}
-    factors = {g["initial_lr"] for g in hyper.optimizer.param_groups}
-    assert factors == {1.0, EMBEDDING_LR, GENERATOR_LR}
+    decays = [{g["weight_decay"] for g in run.optimizer.param_groups} for run in (dense, hyper)]
+    factors = 3  # embeddings, trunk and head share the decay of the weights
+    assert decays[0] == {cifar.SHORT_DECAY, 0.0}
+    assert decays[1] == {cifar.SHORT_DECAY, cifar.SHORT_DECAY / factors, 0.0}
     with pytest.raises(SystemExit):
         cifar.main(["--data-dir", "none", "--short", "--l2", "0.1"])
     assert "--short has another" in capsys.readouterr().err

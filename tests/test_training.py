@@ -1,7 +1,5 @@
 """Parameter groups for optimizers, and the L2 penalty on generated weights."""
 
-import math
-
 import pytest
 import timm
 import torch
@@ -20,7 +18,6 @@ from hyperize import (
 )
 from hyperize.hypernet import HyperNet
 from hyperize.parts import generated_layers
-from hyperize.training import EMBEDDING_LR, GENERATOR_LR
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 """Of sums in another order, in float32."""
@@ -133,43 +130,6 @@ def test_an_optimizer_decays_as_the_groups_say(hyper):
 def test_a_weight_decay_that_is_none(decay):
     with pytest.raises(ConfigError, match="weight_decay must be a finite number >= 0, got"):
         param_groups(Net(), decay)
-
-
-def test_with_a_rate_embeddings_and_generator_have_their_own_and_decay(hyper):
-    groups = param_groups(hyper, DECAY, lr=0.02)
-    of = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
-    assert len(of) == sum(len(g["params"]) for g in groups) == len(list(hyper.parameters()))
-    for path, param in hyper.named_parameters():
-        generates = path.endswith(("first.weight", "twice.weight"))
-        factor = EMBEDDING_LR if generates else GENERATOR_LR if "hypernet" in path else 1
-        decay = DECAY if param.ndim == 2 else 0.0
-        assert of[id(param)] == (0.02 * factor, decay), path
-    others = param_groups(hyper, DECAY, lr=1.0, embedding_lr=1.0, generator_lr=1.0)
-    assert {g["lr"] for g in others} == {1.0}
-    assert len(others) == 2
-
-
-def test_with_a_rate_the_embeddings_of_several_networks_do_not_decay():
-    """A step for one of them would shrink those of the others."""
-    several = hyperize(Net(), conditions=3, compression=3, seed=0)
-    table = several.twice.embedding("weight")
-    (group,) = [
-        g for g in param_groups(several, 0.5, lr=0.02) if any(p is table for p in g["params"])
-    ]
-    assert group["weight_decay"] == 0
-    assert group["lr"] == 0.02 * EMBEDDING_LR
-
-
-def test_with_a_rate_a_plain_model_has_one():
-    groups = param_groups(Net(), DECAY, lr=0.02)
-    assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.02, DECAY), (0.02, 0.0)]
-
-
-@pytest.mark.parametrize("name", ["lr", "embedding_lr", "generator_lr"])
-@pytest.mark.parametrize("value", [0, -1, math.inf, math.nan, "1", True])
-def test_a_rate_that_is_none(name, value):
-    with pytest.raises(ConfigError, match=name):
-        param_groups(Net(), **{"lr": 0.1, name: value})
 
 
 def test_there_must_be_something_to_optimize():
