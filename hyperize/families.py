@@ -67,6 +67,7 @@ class Net(Protocol):
     """The hypernetwork, as far as a family sees it."""
 
     heads: nn.ModuleDict
+    embedding_dim: int
 
     def head(self, kernel: str) -> tuple[Tensor, Tensor]: ...
 
@@ -200,8 +201,7 @@ class Family:
         Returns:
             For each weight, of its embeddings, divided as `split` says; and of each matrix of the
             hypernetwork that weights are made with, by its path; what is left out is trained by
-            plain Muon. None if this family cannot tell. A subclass with other arithmetic has
-            other metrics.
+            plain Muon. None if this family cannot tell.
         """
         return None
 
@@ -360,24 +360,28 @@ class OneLayer(Family):
                 z, (scale, _), grid = sites[at]
                 weight, _ = _used(net, grid)
                 if len(weight) not in grams:
-                    grams[len(weight)] = weight.t() @ weight
-                own[at] = [self.embedding_metric(net, grams[len(weight)], scale, grid)]
+                    grams[len(weight)] = self.embedding_gram(net, weight.t() @ weight, grid)
+                sides = grid.tiles, math.prod(grid.shape) / grid.tiles
+                own[at] = [Metric(grams[len(weight)], sides, scale)]
                 rows.append(self.hidden(net, z, scale, grid))
             shared[f"heads.{kernel}.weight"] = Metric(
                 _gram(rows), _sides(len(net.head(kernel)[0]), sites, members)
             )
         return [own[at] for at in range(len(sites))], shared
 
-    def embedding_metric(self, net: Net, gram: Tensor, scale: Tensor, grid: Grid) -> Metric:
-        """Of a weight's embeddings.
+    def embedding_gram(self, net: Net, gram: Tensor, grid: Grid) -> Tensor:
+        """The Gram matrix (Nz, Nz) of what embeddings are multiplied by.
 
         Args:
             net: The hypernetwork.
-            gram: Of the head, (d, d).
-            scale: The weight's.
-            grid: How it is cut.
+            gram: That of what the head's inputs are multiplied by, (d, d).
+            grid: How the weight is cut.
         """
-        return Metric(gram, (grid.tiles, math.prod(grid.shape) / grid.tiles), scale)
+        n = net.embedding_dim
+        z = torch.cat([torch.eye(n), torch.zeros(1, n)]).to(gram)
+        inputs = self.hidden(net, z, None, grid)
+        carried = inputs[:-1] - inputs[-1]  # (Nz, d), of the affine map before the head
+        return carried @ gram @ carried.t()
 
     def stacks(
         self, net: Net, sites: Sequence[Site]
@@ -503,11 +507,10 @@ class TwoLayers(OneLayer):
         shared["trunk.weight"] = Metric(right, sides, left=left)
         return own, shared
 
-    def embedding_metric(self, net: Net, gram: Tensor, scale: Tensor, grid: Grid) -> Metric:
+    def embedding_gram(self, net: Net, gram: Tensor, grid: Grid) -> Tensor:
         trunk = net.layer("trunk")[0]
         parts = trunk.view(grid.lead, -1, trunk.shape[1])  # (lead * d, Nz) -> (lead, d, Nz)
-        gram = (parts.mT @ (gram @ parts)).sum(0)  # (lead, Nz, d) @ (lead, d, Nz), over the lead
-        return super().embedding_metric(net, gram, scale, grid)
+        return (parts.mT @ (gram @ parts)).sum(0)  # (lead, Nz, d) @ (lead, d, Nz), over the lead
 
     def stacked(
         self, net: Net, stack: Stack, z: Sequence[Tensor], constants: Sequence[Tensor]

@@ -1,5 +1,6 @@
 """A family of generators is one class, and tiling is one pair of inverses."""
 
+import copy
 import math
 
 import pytest
@@ -11,6 +12,7 @@ from hyperize import (
     ConfigError,
     Family,
     HyperConfig,
+    HyperMuon,
     fit_,
     hyperize,
     load,
@@ -22,10 +24,12 @@ from hyperize import (
 )
 from hyperize.config import EMBEDDINGS
 from hyperize.families import FAMILIES, Channels, OneLayer, TwoLayers
+from hyperize.muon import RMS
 from hyperize.parts import generated_layers
 from hyperize.products import linear
 from hyperize.tiling import Head, kernel_name, make_grid
 
+LR = 0.02
 ROUNDING = 1e-4
 """Of outputs near 1 in float32, which factors and weights sum up in different orders."""
 
@@ -87,6 +91,31 @@ def test_it_trains_in_all_its_parts(toy):
     hyper(torch.randn(2, 3, 8, 8)).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in hyper.parameters())
     assert any("mixer" in name for name, _ in hyper.named_parameters())
+
+
+def test_its_embeddings_take_steps_that_are_measured_in_the_weights(toy):
+    """Through the layer of its own, which HyperMuon trains by Muon, as it has no metric."""
+    hyper = hyperize(randomise(wide()), toy)
+    mixer = hyper.hypernet.get_submodule("mixer").weight
+    with torch.no_grad():
+        mixer.mul_(torch.logspace(-1, 1, len(mixer))[:, None])
+    optimizer = HyperMuon(hyper, LR, 0.0)
+    hyper(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    before, trained = copy.deepcopy(hyper), mixer.clone()
+    for param in hyper.hypernet.parameters():
+        param.grad = None
+    optimizer.step()
+    for path, layer in generated_layers(hyper).items():
+        change = layer.weight - before.get_submodule(path).weight
+        rows = layer.grids["weight"].cut(change)
+        values = torch.linalg.svdvals(rows)[: min(len(rows), len(mixer))]
+        size = LR * RMS * math.sqrt(max(len(rows), change.numel() / len(rows)))
+        assert values.max() < 1.3 * size
+        assert values[3] > 0.6 * size  # two images have a gradient of low rank
+    assert torch.equal(mixer, trained)
+    hyper(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(mixer, trained)
 
 
 def test_it_fits_in_its_blocks(toy):

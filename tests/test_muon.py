@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from torch import nn
 
 from hyperize import (
     ConfigError,
+    HyperConfig,
     HyperMuon,
     ModelError,
     condition,
@@ -35,7 +37,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-6}
 """Of products in another order, in float32."""
 ROOT = 1e-3
 """Relative error of an inverse root in float32; Muon itself leaves a third."""
-FORMS = {
+FORMS: dict[str, dict[str, Any]] = {
     "one layer": {},
     "two layers": {"hidden_dim": 12, "tile": (4, 8), "embedding_dim": 10, "compression": None},
     "channels": {"embeddings": "channel"},
@@ -59,7 +61,7 @@ class Net(nn.Module):
 
 def small(form="one layer", **options):
     torch.manual_seed(0)
-    return hyperize(Net(), **{"compression": 3, "seed": 0, **FORMS[form], **options})
+    return hyperize(Net(), HyperConfig(**{"compression": 3, "seed": 0, **FORMS[form], **options}))
 
 
 def take(model, optimizer, steps=1, seed=0, k=None):
@@ -220,8 +222,12 @@ def test_what_generates_nothing_is_trained_by_muon():
 
 
 MODELS = {
-    "resnet18": (lambda: timm.create_model("resnet18", num_classes=5), (8, 3, 32, 32), {}),
-    "vit": (lambda: timm.create_model("test_vit"), (8, 3, 160, 160), {"targets": "linear"}),
+    "resnet": (lambda: timm.create_model("test_resnet"), (8, 3, 32, 32), {}),
+    "vit": (
+        lambda: timm.create_model("test_vit", img_size=64),
+        (8, 3, 64, 64),
+        {"targets": "linear"},
+    ),
     "convolutions": (Convolutions, (8, 3, 16, 16), {"targets": ("conv2d", "linear")}),
     "used twice": (UsedTwice, (8, 3, 8, 8), {}),
     "crnn": (CRNN, (8, 1, 8, 16), {}),
