@@ -38,6 +38,7 @@ SUBJECTS: Subjects = {
     "training": running.training,
     "inference": running.inference,
     "hyperlstm": running.hyperlstm,
+    "optimizer": running.optimizer,
     "memory": memory.rows,
     "fit": fit.rows,
     "peers": peers.rows,

@@ -11,10 +11,11 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.optim import Muon
 from torch import Tensor, nn
 
 from benchmarks.timing import FULL, QUICK, Row, alternate
-from hyperize import HyperLSTM, hyperize, to_dense
+from hyperize import HyperLSTM, HyperMuon, hyperize, to_dense
 
 CLASSES = 1000
 FORMS: dict[str, dict[str, Any]] = {
@@ -109,6 +110,11 @@ INFERENCE = (
     Case("BiLSTM", 100, 64, forms=TILES),
     Case("resnet18", 224, 1, compiled=True),
 )
+OPTIMIZED = (
+    Case("resnet18", 32, 128),
+    Case("resnet50", 224, 32),
+    Case("vit_small_patch16_224", 224, 8, linear=True),
+)
 SMALL = (
     Case("resnet10t", 32, 2),
     Case("BiLSTM", 10, 2, forms=TILES),
@@ -158,6 +164,25 @@ def _rows(
         networks = (case.hyperize(dense, form), dense)
         ours, theirs = (runner(_compile(n, quick) if case.compiled else n) for n in networks)
         yield alternate(name, ours, theirs, QUICK if quick else FULL, target=case.target)
+
+
+def optimizer(quick: bool) -> Iterator[Row]:
+    """A step of HyperMuon, against others on the same parameters and Muon on the dense ones."""
+    for case in SMALL[:1] if quick else OPTIMIZED:
+        dense = case.make()[0]
+        hyper = case.hyperize(dense, "")
+        for network in (dense, hyper):
+            for param in network.parameters():
+                param.grad = torch.randn_like(param)
+        ours = HyperMuon(hyper, 1e-4)
+        others = {
+            "dense with Muon": Muon(dense.parameters(), 1e-4, nesterov=True),
+            "Muon": Muon(hyper.parameters(), 1e-4, nesterov=True),
+            "AdamW": torch.optim.AdamW(hyper.parameters(), 1e-4),
+        }
+        for what, other in others.items():
+            name = f"optimizer step, HyperMuon, {case.model} / {what}"
+            yield alternate(name, ours.step, other.step, QUICK if quick else FULL)
 
 
 def hyperlstm(quick: bool) -> Iterator[Row]:

@@ -58,7 +58,16 @@ def run(benchmarks, folder, *subjects):
 
 @pytest.mark.parametrize(
     "subject",
-    ["generation", "rewriting", "planning", "training", "inference", "hyperlstm", "fit"],
+    [
+        "generation",
+        "rewriting",
+        "planning",
+        "training",
+        "inference",
+        "hyperlstm",
+        "optimizer",
+        "fit",
+    ],
 )
 def test_a_subject_runs_and_its_files_agree(subject, benchmarks, tmp_path):
     run(benchmarks, tmp_path, subject)
