@@ -47,8 +47,6 @@ QUINTIC, QUINTIC_STEPS = (3.4445, -4.7750, 2.0315), 5
 DAMPING, ROOT_STEPS = 0.01, 16
 """What a Gram matrix gets before it is inverted, in parts of its mean eigenvalue; and the steps of
 an inverse root, enough for an eigenvalue of that size among 512."""
-
-
 SMALLEST = 1e-12
 """What it gets besides, so that a matrix of zeros has an inverse, too."""
 
@@ -178,7 +176,7 @@ class HyperMuon(Muon):  # type: ignore[misc]  # timm has no types
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(param)
         shape = (-1, *param.shape[-2:])  # (m, n) or (B, m, n) -> (B, m, n)
-        gradient, buffer = param.grad.view(shape), state["momentum_buffer"].view(shape)
+        gradient, buffer = param.grad.reshape(shape), state["momentum_buffer"].view(shape)
         seen = gradient.new_ones(len(gradient))
         if param.ndim > 2:
             seen = (gradient != 0).flatten(1).any(1).to(gradient)

@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hyperize import (
     ConditionError,
     ConfigError,
+    HyperMuon,
     ModelError,
     condition,
     dense_state_dict,
@@ -215,6 +216,19 @@ def ddp(rank):
     train(DistributedDataParallel(model), adamw(model), inputs, labels, 3)
     found["trained"] = model.state_dict()
     return found
+
+
+def ddp_muon(rank):
+    model = image_model()
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, HyperMuon(wrapped, 1e-2), *half(rank), 3)
+    return model.state_dict()
+
+
+def test_ddp_takes_equal_steps_of_hyper_muon_everywhere(tmp_path):
+    one, other = in_processes(ddp_muon, tmp_path / "processes")
+    assert same(one, other)
+    assert not same(one, image_model().state_dict())
 
 
 def ddp_accelerated(rank):
@@ -586,6 +600,24 @@ def test_accelerate(precision, tmp_path):
     with accelerator.autocast():
         assert loss_of(model, *one_of(6)).item() == losses[6]
     assert type(to_dense(trained)) is type(timm.create_model("test_resnet"))
+
+
+@pytest.mark.usefixtures("forget_accelerate")
+def test_accelerate_steps_hyper_muon(tmp_path):
+    accelerator = Accelerator(cpu=True)
+    model, plain = image_model(), image_model()
+    model, optimizer = accelerator.prepare(model, HyperMuon(model, 1e-2))
+    reference = HyperMuon(plain, 1e-2)
+    for _ in range(2):
+        accelerator.backward(loss_of(model, *batch()))
+        loss_of(plain, *batch()).backward()
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+    accelerator.save_state(tmp_path)
+    assert same(accelerator.unwrap_model(model).state_dict(), plain.state_dict())
+    assert not same(plain.state_dict(), image_model().state_dict())
+    accelerator.load_state(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")  # its advice on loaders and logging
