@@ -119,6 +119,9 @@ class HyperMuon(Muon):  # type: ignore[misc]  # timm has no types
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            if "adamw_lr" in group:  # of older timm, whose biases and norms follow no schedule
+                group["adamw_lr"] = group["lr"]
         groups = {id(param): group for group in self.param_groups for param in group["params"]}
         done = [p for net in self.nets for p in self._change(*net, groups)]
         gradients = [param.grad for param in done]
