@@ -99,7 +99,6 @@ if not TYPE_CHECKING:
         "folders",
         "graph",
         "layers",
-        "muon",
         "networks",
         "onnx",
         "plan",
@@ -109,13 +108,13 @@ if not TYPE_CHECKING:
         "search",
         "training",
     )
-    """Where the public names are from."""
+    """Where the public names are from, but for `HyperMuon`, for which timm has to be imported."""
 
     def __getattr__(name: str) -> Any:
         """Imports all public names when the first is used: `hyperize --help` need not wait."""
         if name not in __all__:
             raise AttributeError(f"module 'hyperize' has no attribute {name!r}")
-        for module in _MODULES:
+        for module in ("muon",) if name == "HyperMuon" else _MODULES:
             public = vars(import_module(f"hyperize.{module}"))
             globals().update({key: public[key] for key in public["__all__"] if key in __all__})
         return globals()[name]
