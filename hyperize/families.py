@@ -378,7 +378,8 @@ class OneLayer(Family):
             grid: How the weight is cut.
         """
         n = net.embedding_dim
-        z = torch.cat([torch.eye(n), torch.zeros(1, n)]).to(gram)
+        # Each component alone, and none of them, made on the device, as a CUDA graph wants it
+        z = torch.eye(n + 1, n, dtype=gram.dtype, device=gram.device)
         inputs = self.hidden(net, z, None, grid)
         carried = inputs[:-1] - inputs[-1]  # (Nz, d), of the affine map before the head
         return carried @ gram @ carried.t()

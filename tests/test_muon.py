@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from models import CRNN, Convolutions, UsedTwice
 from timm.optim import Muon
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from hyperize import (
     ConfigError,
@@ -349,10 +351,34 @@ def test_autocast_makes_no_difference():
         assert torch.equal(one.get_parameter(name), other.get_parameter(name)), name
 
 
+class OneDevice(TorchDispatchMode):
+    """Refuses operations between devices."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, out))
+        assert {t.device.type for t in leaves if isinstance(t, torch.Tensor)} <= {"meta"}, func
+        return out
+
+
+@pytest.mark.parametrize("options", [*FORMS.values(), {"conditions": 2}, {"condition_dim": 2}])
+def test_a_step_of_the_generator_stays_on_its_device(options):
+    """A CUDA graph takes no copies from the host, and no values to it."""
+    hyper = small(**options).to("meta")
+    optimizer = HyperMuon(hyper, LR)
+    for param in hyper.parameters():
+        param.grad = torch.empty_like(param)
+    optimizer.step()
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    with torch.no_grad(), OneDevice():
+        (net,) = optimizer.nets
+        assert optimizer._change(*net, groups)
+
+
 def test_layers_that_are_dense_again_are_left_alone():
     hyper = small()
     optimizer = HyperMuon(hyper, LR)
-    hyper.b = to_dense(hyper.b)
+    assert to_dense(hyper, include="b", inplace=True) is hyper
     before = hyper.b.weight.clone()
     take(hyper, optimizer)
     assert torch.equal(hyper.b.weight, before)
@@ -366,7 +392,12 @@ def test_a_step_of_one_network_leaves_the_embeddings_of_the_others():
     take(hyper, optimizer, 2, k=0)
     tables = [layer.embedding("weight") for layer in generated_layers(hyper).values()]
     before = [table.clone() for table in tables]
+    momentum = [optimizer.state[table]["momentum_buffer"] for table in tables]
+    momentum_before = [buffer.clone() for buffer in momentum]
     take(hyper, optimizer, 2, k=1)
+    for buffer, old in zip(momentum, momentum_before, strict=True):
+        assert torch.equal(buffer[0], old[0])
+        assert not torch.equal(buffer[1], old[1])
     for table, old in zip(tables, before, strict=True):
         assert torch.equal(table[0], old[0])
         assert torch.equal(table[2], old[2])
