@@ -203,6 +203,20 @@ class Family:
             hypernetwork that weights are made with, by its path; what is left out is trained by
             plain Muon. None if this family cannot tell.
         """
+        own: dict[int, list[Metric]] = {}
+        shared: dict[str, Metric] = {}
+        for kernel, members in _by_kernel(sites).items():
+            told = self.head_metrics(net, kernel, [sites[at] for at in members])
+            if told is None:
+                return None
+            own.update(zip(members, told[0], strict=True))
+            shared[f"heads.{kernel}.weight"] = told[1]
+        return [own[at] for at in range(len(sites))], shared
+
+    def head_metrics(
+        self, net: Net, kernel: str, sites: Sequence[Site]
+    ) -> tuple[list[list[Metric]], Metric] | None:
+        """What `metrics` tells of the weights of one kernel size, and of their head."""
         return None
 
     def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
@@ -348,26 +362,19 @@ class OneLayer(Family):
                     total.append(-(right[weights:] @ of_site[-1]).square().sum())
         return torch.stack(total).sum()
 
-    def metrics(
-        self, net: Net, sites: Sequence[Site]
-    ) -> tuple[list[list[Metric]], dict[str, Metric]]:
-        own: dict[int, list[Metric]] = {}
-        shared: dict[str, Metric] = {}
-        for kernel, members in _by_kernel(sites).items():
-            grams: dict[int, Tensor] = {}
-            rows = []
-            for at in members:
-                z, (scale, _), grid = sites[at]
-                weight, _ = _used(net, grid)
-                if len(weight) not in grams:
-                    grams[len(weight)] = self.embedding_gram(net, weight.t() @ weight, grid)
-                sides = grid.tiles, math.prod(grid.shape) / grid.tiles
-                own[at] = [Metric(grams[len(weight)], sides, scale)]
-                rows.append(self.hidden(net, z, scale, grid))
-            shared[f"heads.{kernel}.weight"] = Metric(
-                _gram(rows), _sides(len(net.head(kernel)[0]), sites, members)
-            )
-        return [own[at] for at in range(len(sites))], shared
+    def head_metrics(
+        self, net: Net, kernel: str, sites: Sequence[Site]
+    ) -> tuple[list[list[Metric]], Metric]:
+        own: list[list[Metric]] = []
+        rows, grams = [], dict[int, Tensor]()
+        for z, (scale, _), grid in sites:
+            weight, _ = _used(net, grid)
+            if len(weight) not in grams:
+                grams[len(weight)] = self.embedding_gram(net, weight.t() @ weight, grid)
+            sides = grid.tiles, math.prod(grid.shape) / grid.tiles
+            own.append([Metric(grams[len(weight)], sides, scale)])
+            rows.append(self.hidden(net, z, scale, grid))
+        return own, Metric(_gram(rows), _sides(len(net.head(kernel)[0]), sites))
 
     def embedding_gram(self, net: Net, gram: Tensor, grid: Grid) -> Tensor:
         """The Gram matrix (Nz, Nz) of what embeddings are multiplied by.
@@ -498,15 +505,15 @@ class TwoLayers(OneLayer):
 
     def metrics(
         self, net: Net, sites: Sequence[Site]
-    ) -> tuple[list[list[Metric]], dict[str, Metric]]:
-        own, shared = super().metrics(net, sites)
+    ) -> tuple[list[list[Metric]], dict[str, Metric]] | None:
+        told = super().metrics(net, sites)
         lefts = {kernel: (w := net.head(kernel)[0]).t() @ w for kernel in net.heads}
         left = torch.stack([lefts[grid.kernel] for *_, grid in sites]).mean(0)
         right = _gram([z * scale for z, (scale, _), _ in sites])
         width = sum(grid.width * grid.elements for *_, grid in sites) / len(sites)
-        sides = _sides(width, sites, range(len(sites)))
-        shared["trunk.weight"] = Metric(right, sides, left=left)
-        return own, shared
+        if told is not None:
+            told[1]["trunk.weight"] = Metric(right, _sides(width, sites), left=left)
+        return told
 
     def embedding_gram(self, net: Net, gram: Tensor, grid: Grid) -> Tensor:
         trunk = net.layer("trunk")[0]
@@ -612,26 +619,20 @@ class Channels(Family):
             total.append((out * into * kernel).sum())
         return torch.stack(total).sum()
 
-    def metrics(
-        self, net: Net, sites: Sequence[Site]
-    ) -> tuple[list[list[Metric]], dict[str, Metric]]:
-        own: dict[int, list[Metric]] = {}
-        shared: dict[str, Metric] = {}
-        for kernel, members in _by_kernel(sites).items():
-            weight, _ = net.head(kernel)
-            of_kernel, both = weight.t() @ weight, []
-            for at in members:
-                z, (scale, _), grid = sites[at]
-                rows, columns = (f.t() @ f for f in z.split(self.split(grid)))
-                weights = math.prod(grid.shape)
-                own[at] = [
-                    Metric(columns * of_kernel, (grid.rows, weights / grid.rows), scale),
-                    Metric(rows * of_kernel, (grid.width, weights / grid.width), scale),
-                ]
-                both.append(rows * columns * scale.square())
-            sides = _sides(len(weight), sites, members)
-            shared[f"heads.{kernel}.weight"] = Metric(torch.stack(both).mean(0), sides)
-        return [own[at] for at in range(len(sites))], shared
+    def head_metrics(
+        self, net: Net, kernel: str, sites: Sequence[Site]
+    ) -> tuple[list[list[Metric]], Metric]:
+        weight, _ = net.head(kernel)
+        of_kernel = weight.t() @ weight
+        own, both = [], []
+        for z, (scale, _), grid in sites:
+            rows, columns = (f.t() @ f for f in z.split(self.split(grid)))
+            weights = math.prod(grid.shape)
+            of_rows = Metric(columns * of_kernel, (grid.rows, weights / grid.rows), scale)
+            of_columns = Metric(rows * of_kernel, (grid.width, weights / grid.width), scale)
+            own.append([of_rows, of_columns])
+            both.append(rows * columns * scale.square())
+        return own, Metric(torch.stack(both).mean(0), _sides(len(weight), sites))
 
     def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
         z, (scale, offset), grid = site
@@ -751,9 +752,9 @@ def _gram(matrices: Sequence[Tensor]) -> Tensor:
     return stacked.t() @ stacked / len(matrices)
 
 
-def _sides(side: float, sites: Sequence[Site], members: Sequence[int]) -> tuple[float, float]:
+def _sides(side: float, sites: Sequence[Site]) -> tuple[float, float]:
     """One side of weights seen as matrices, and the mean of the other."""
-    weights = sum(math.prod(sites[at][2].shape) for at in members) / len(members)
+    weights = sum(math.prod(grid.shape) for *_, grid in sites) / len(sites)
     return side, weights / side
 
 

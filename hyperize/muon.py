@@ -17,7 +17,7 @@ low-rank matrix of its own this is the rule of LoRA-Muon (arXiv 2606.12921).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import unwrap
 from typing import Any, TypeVar
@@ -87,12 +87,13 @@ class HyperMuon(Muon):  # type: ignore[misc]  # timm has no types
     ) -> None:
         groups = param_groups(model, weight_decay)
         self.nets = _by_hypernet(model)
-        making = {id(p) for hypernet, layers in self.nets for p in _matrices(hypernet, layers)}
+        making = [_matrices(hypernet, _entries(layers)) for hypernet, layers in self.nets]
+        of_nets = {id(param) for params in making for param in params}
         for group in groups:
-            group["params"] = [param for param in group["params"] if id(param) not in making]
-        for hypernet, layers in self.nets:
+            group["params"] = [param for param in group["params"] if id(param) not in of_nets]
+        for (hypernet, _), params in zip(self.nets, making, strict=True):
             factors = 1 + hypernet.family.degree + len(hypernet.plan.shared)
-            params = [p for p in _matrices(hypernet, layers) if p.requires_grad]
+            params = [param for param in params if param.requires_grad]
             tables = [p for p in params if p.ndim > 2]  # of several networks
             matrices = [p for p in params if p.ndim == 2]
             groups.append({"params": matrices, "weight_decay": weight_decay / factors})
@@ -138,8 +139,9 @@ class HyperMuon(Muon):  # type: ignore[misc]  # timm has no types
         self, hypernet: HyperNet, layers: Sequence[Generated], groups: dict[int, dict[str, Any]]
     ) -> list[nn.Parameter]:
         """The step of a hypernetwork and its embeddings; returns what it has changed."""
-        params = [p for p in _matrices(hypernet, layers) if id(p) in groups and p.grad is not None]
-        entries = [entry for layer in layers for entry in _entries(layer)]
+        entries = _entries(layers)
+        matrices = _matrices(hypernet, entries)
+        params = [p for p in matrices if id(p) in groups and p.grad is not None]
         if not params or not entries:
             return []
         family = hypernet.family
@@ -225,7 +227,7 @@ def _by_hypernet(model: nn.Module) -> list[tuple[HyperNet, list[Generated]]]:
     for layer in generated_layers(model).values():
         found.setdefault(layer.hypernet, []).append(layer)
     for hypernet, layers in found.items():
-        params = _matrices(hypernet, layers)
+        params = _matrices(hypernet, _entries(layers))
         if any(type(param).__name__ == "DTensor" for param in params):
             raise ModelError(
                 "HyperMuon takes whole matrices, and those of this model are sharded (DTensors). "
@@ -235,21 +237,23 @@ def _by_hypernet(model: nn.Module) -> list[tuple[HyperNet, list[Generated]]]:
     return list(found.items())
 
 
-def _matrices(hypernet: HyperNet, layers: Sequence[Generated]) -> list[nn.Parameter]:
+def _matrices(hypernet: HyperNet, entries: Sequence[_Entry]) -> list[nn.Parameter]:
     """The embeddings and the hypernetwork's matrices, each once."""
     shared = [param for param in hypernet.parameters() if param.ndim == 2]
-    tables = [entry.table for layer in layers for entry in _entries(layer) if entry.network == 0]
+    tables = [entry.table for entry in entries]
     return list({id(param): param for param in (*tables, *shared)}.values())
 
 
-def _entries(layer: Generated) -> Iterator[_Entry]:
-    """What a layer's weights are made of; nothing if it is dense by now."""
-    for name in layer.generated if isinstance(layer, Generated) else ():
-        table, constants, grid = layer.embedding(name), layer.all_constants(name), layer.grids[name]
-        networks = table.view(-1, *table.shape[-2:])
-        for number, z in enumerate(networks):
-            own = constants if constants.ndim == 1 else constants[number]
-            yield _Entry(table, number, (z, own, grid))
+def _entries(layers: Sequence[Generated]) -> list[_Entry]:
+    """What the weights of layers are made of, but of those that are dense by now."""
+    entries = []
+    for layer in layers:
+        for name in layer.generated if isinstance(layer, Generated) else ():
+            table, constants = layer.embedding(name), layer.all_constants(name)
+            for number, z in enumerate(table.view(-1, *table.shape[-2:])):
+                own = constants if constants.ndim == 1 else constants[number]
+                entries.append(_Entry(table, number, (z, own, layer.grids[name])))
+    return entries
 
 
 def _take(parts: Sequence[_Part]) -> None:
