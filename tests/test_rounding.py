@@ -50,6 +50,8 @@ MODELS = {
 }
 SAME_GRADIENTS = {"rtol": 1e-4, "atol": 1e-7}
 """Sums in another order."""
+SAME_OUTPUTS = {"rtol": 1e-5, "atol": 1e-6}
+"""Weights made together round otherwise than one alone; 4 bits change these outputs by 5e-3."""
 
 
 def vit():
@@ -479,7 +481,7 @@ def test_in_other_engines(convolutions, tmp_path):
     with cached(hyper):
         before = hyper(x)
         with quantized(hyper, 4):
-            assert torch.equal(hyper(x), wanted)
+            assert torch.allclose(hyper(x), wanted, **SAME_OUTPUTS)
         assert torch.equal(hyper(x), before)
 
 
