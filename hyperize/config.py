@@ -25,7 +25,7 @@ __all__ = [
     "WeightError",
 ]
 
-EMBEDDINGS = {"tile", "channel"}
+EMBEDDINGS = {"tile", "channel", "separable"}
 """Values of `HyperConfig.embeddings`; `hyperize.families.register_family` adds to them."""
 KINDS: dict[type, str] = {}
 """The kind of each class of layers that is known, as `hyperize.layers.register_layer` fills it."""
@@ -242,9 +242,9 @@ class HyperConfig:
         if not isinstance(self.embeddings, str) or self.embeddings not in EMBEDDINGS:
             names = " or ".join(f'"{name}"' for name in sorted(EMBEDDINGS, reverse=True))
             raise ConfigError(f"embeddings must be {names}, got {self.embeddings!r}.")
-        if self.embeddings == "channel" and (hidden or self.tile is not None):
+        if self.embeddings in ("channel", "separable") and (hidden or self.tile is not None):
             raise ConfigError(
-                'embeddings="channel" has no hidden layer and no tiles to choose, got '
+                f'embeddings="{self.embeddings}" has no hidden layer and no tiles to choose, got '
                 f"hidden_dim={hidden!r}, tile={self.tile!r}."
             )
         if hidden == 0 and (leads := self.leads) and leads != {1}:

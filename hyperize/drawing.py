@@ -211,7 +211,7 @@ def snapshot(sources: Sequence[Source], wanted: Mapping[str, Tensor]) -> Snapsho
     return Snapshot(
         samples=tuple((sources[at].name, _numbers(_some(embeddings[at], quota))) for at in drawn),
         total=sum(map(len, embeddings)),
-        unit=sources[0].layer.hypernet.family.embeddings,
+        unit=sources[0].layer.hypernet.family.unit,
         kernels=tuple(_kernels(source, wanted.get(source.name)) for source in _chosen(sources)),
         maps=_maps(spread(sources, MAPS)),
         networks=similarities(sources),

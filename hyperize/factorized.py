@@ -4,7 +4,8 @@ A generated weight is a product of two matrices (of three for embeddings of chan
 a convolution with it is a chain of smaller ones: with the head's rows as filters, each of which
 serves many output channels, and a mixture of their results by the embeddings. Tucker and CP layers
 are computed like this, see Kim et al. 2016 (arXiv 1511.06530) and Lebedev et al. 2015 (arXiv
-1412.6553).
+1412.6553). A separable weight is a depthwise convolution and a pointwise one (Chollet 2017, arXiv
+1610.02357).
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int
         factors: Of tiles, (R, P, D) and (Q, w, *kernel, D). The R * Q combinations of the first
             letters are the weight's channels along `axis`, the P * w others those along its other
             axis; surplus channels at the end are left out. P or Q is 1. Of embeddings of channels,
-            (out, D), (in, D) and (*kernel, D).
+            (out, D), (in, D) and (*kernel, D). Of a separable weight, its pointwise numbers (R, w),
+            its depthwise kernels (w, *kernel) and its offset ().
         axis: The weight's axis along which the first factor goes.
 
     Returns:
@@ -83,8 +85,14 @@ def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int
     else:
         assert isinstance(layer, _CONVOLUTIONS)
         form = _Convolution(layer)
-    compute = _through_channels if len(factors) == 3 else (_filters_first, _mixture_first)[axis]
-    y = compute(form, form.prepare(x), *factors)
+    x_ready = form.prepare(x)
+    if len(factors) == 2:
+        y = (_filters_first, _mixture_first)[axis](form, x_ready, *factors)
+    elif factors[2].ndim:
+        y = _through_channels(form, x_ready, *factors)
+    else:
+        assert isinstance(form, _Convolution)
+        y = (_depthwise_first, _pointwise_first)[axis](form, x_ready, *factors)
     return y if y.ndim == x.ndim else y.squeeze(0)
 
 
@@ -96,6 +104,13 @@ def expand(factors: tuple[Tensor, ...], shape: Sequence[int], axis: int) -> Tens
         shape: The weight's.
         axis: As in `multiply`.
     """
+    if factors[-1].ndim == 0:
+        numbers, kernels, offset = factors
+        turned = shape[axis], shape[1 - axis], *shape[2:]
+        # (R, w, 1) * (w, k) -> (R, w, k), of which the first are the weight in memory order
+        weight = numbers[..., None] * kernels.flatten(1) + offset
+        weight = weight.flatten()[: math.prod(shape)].view(turned)
+        return weight.transpose(0, 1) if axis else weight
     if len(factors) == 3:
         out, into, kernel = factors
         # (in, 1, D) * (k, D) -> (in * k, D)
@@ -151,6 +166,35 @@ def _through_channels(form: _Form, x: Tensor, out: Tensor, into: Tensor, kernel:
     u = form.mix(x, into.t())
     u = form.convolve(u, kernel.movedim(-1, 0)[:, None])  # depthwise, of (D, 1, *kernel)
     return form.mix(u, out, form.bias)
+
+
+def _depthwise_first(
+    form: _Convolution, x: Tensor, numbers: Tensor, kernels: Tensor, offset: Tensor
+) -> Tensor:
+    """Rows are outputs: output r * f + q is a mixture of the q-th kernels' results."""
+    rows, width = numbers.shape
+    folds = width // x.shape[1]
+    u = torch.cat([x] * folds, 1) if folds > 1 else x  # (N, f * c)
+    u = form.convolve(u, kernels[:, None])
+    # (R, f * c) -> (f * R, c)
+    mixture = numbers.view(rows, folds, -1).transpose(0, 1).flatten(0, 1)
+    y = form.mix(u, mixture)  # (N, f * R)
+    return form.shifted(form.join(form.split(y, folds), folds, turned=True), x, kernels, offset)
+
+
+def _pointwise_first(
+    form: _Convolution, x: Tensor, numbers: Tensor, kernels: Tensor, offset: Tensor
+) -> Tensor:
+    """Rows are inputs: input r * f + q is mixed into what the q-th kernels multiply."""
+    rows, width = numbers.shape
+    out = form.layer.out_channels
+    folds = width // out
+    # (N, R * f) -> (N, f * R)
+    u = form.join(form.split(form.pad(x, rows * folds), folds, turned=True), folds)
+    u = form.mix(u, numbers.t())  # (f * out, R), in f groups
+    u = form.convolve(u, kernels[:, None])
+    y = u.unflatten(1, (folds, out)).sum(1) if folds > 1 else u  # (N, f * out) -> (N, out)
+    return form.shifted(y, x, kernels, offset)
 
 
 class _Linear:
@@ -213,7 +257,8 @@ class _Convolution:
         return F.pad(x, (*(0, 0) * self.axes, 0, spare)) if spare else x
 
     def mix(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self.function(x, weight[(..., *(None,) * self.axes)], bias)
+        groups = x.shape[1] // weight.shape[1]
+        return self.function(x, weight[(..., *(None,) * self.axes)], bias, groups=groups)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         layer = self.layer
@@ -242,6 +287,11 @@ class _Convolution:
         if self.bias is None:
             return y
         return y + self.bias.to(y.dtype).view(-1, *(1,) * self.axes)
+
+    def shifted(self, y: Tensor, x: Tensor, kernels: Tensor, offset: Tensor) -> Tensor:
+        """Finished, with what the offset of all weights makes of the input."""
+        box = offset.expand(1, 1, *kernels.shape[1:])
+        return self.finish(y + self.convolve(x.sum(1, keepdim=True), box))
 
 
 _Form = _Linear | _Convolution

@@ -1,13 +1,15 @@
 """The families of generators: the ways in which embeddings make a weight, one class for each.
 
-Every family is linear in each of its parts, as the paper's is (arXiv 1609.09106, sec. 3.1). It ends
-with one matrix product per weight, whose right side is the head of the weight's kernel size. With
-the embedding z of a tile, a scale s and an offset o of each weight:
+Every family is linear in each of its parts, as the paper's is (arXiv 1609.09106, sec. 3.1). With
+the embedding z of a tile, a scale s and an offset o of each weight, and the heads of kernel sizes:
 
     one layer     K   = s (W_out z + B_out) + o                  one row of `trail` kernels a tile
     two layers    a_i = W_i z + B_i, i = 1..lead                 the paper's eq. 4
                   K_i = s (W_out a_i + B_out) + o
     channels      K_ij = s (W_out (u_i * v_j) + B_out) + o       one kernel; u, v of its channels
+    separable     p    = W z + B                                 a number for each of `lead` kernels
+                  d    = W_out z' + B_out                        kernels of `trail` columns
+                  K_ij = s p_ij d_j + o
 
 A family is registered by `register_family`, and asked for by `HyperConfig.embeddings`. Planner,
 hypernetwork, fit and factors know families by the methods of `Family` only.
@@ -77,6 +79,8 @@ class Net(Protocol):
 
     def get_submodule(self, target: str) -> nn.Module: ...
 
+    def get_parameter(self, target: str) -> nn.Parameter: ...
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -109,12 +113,14 @@ class Family:
         degree: Number of embeddings that are multiplied with each other.
         closed: Whether the fit has closed solutions, `sweep` and `outputs`. Weights are then fitted
             to their layers' outputs one after the other.
+        unit: What of a weight has an embedding, in a word.
     """
 
     name: str
     embeddings: str
     degree: int = 1
     closed: bool = False
+    unit: str = "tile"
 
     # ------------------------------------------------------------------------------ sizes, counts
 
@@ -144,6 +150,10 @@ class Family:
         """Inputs of each head."""
         return nz
 
+    def longest(self, geometry: Geometry) -> int | None:
+        """The length from which on a longer embedding adds nothing; None if there is none."""
+        return None
+
     def macs(self, grid: Grid, hidden: int, nz: int) -> int:
         """Multiply-adds of generating one weight."""
         shared = sum(a * b for a, b in self.shared(grid.lead, hidden, nz).values())
@@ -164,9 +174,18 @@ class Family:
 
     # --------------------------------------------------------------------------------- arithmetic
 
-    def factors(self, net: Net, site: Site) -> Factors:
-        """The last product of a weight, scaled and shifted, in its memory order."""
+    def factors(self, net: Net, site: Site) -> Factors | None:
+        """The last product of a weight, scaled and shifted, in its memory order.
+
+        None where a weight is no such product; the family then has its own `weight`.
+        """
         raise NotImplementedError
+
+    def weight(self, net: Net, site: Site) -> Tensor:
+        """A weight, contiguous, in its shape and the dtype of its head."""
+        factors = self.factors(net, site)
+        assert factors is not None
+        return site[2].join(linear(*factors))
 
     def together(self, net: Net, sites: Sequence[Site], dtype: torch.dtype) -> list[Tensor]:
         """Several weights, in as few operations as the family can; here one by one.
@@ -179,8 +198,7 @@ class Family:
         Returns:
             The weights, in the order of the sites.
         """
-        weights = (grid.join(linear(*self.factors(net, (z, c, grid)))) for z, c, grid in sites)
-        return [weight.to(dtype) for weight in weights]
+        return [self.weight(net, site).to(dtype) for site in sites]
 
     def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
         """The sum of the squares of all weights, without making them; None if it cannot be had.
@@ -293,8 +311,13 @@ class Family:
         """
         raise NotImplementedError
 
-    def readers(self, net: Net) -> list[nn.Module]:
-        """The layers that multiply embeddings, whose weights have one column for each component."""
+    def readers(self, net: Net, block: int) -> list[nn.Module]:
+        """The layers that multiply embeddings, whose weights have one column for each component.
+
+        Args:
+            net: The hypernetwork.
+            block: Number of the block, as `split` divides the embeddings of a weight.
+        """
         return list(net.heads.children())
 
 
@@ -532,7 +555,7 @@ class TwoLayers(OneLayer):
         counts = [grid.rows * grid.parts for grid in stack.grids]
         return rows, torch.cat([c.expand(n, 2) for c, n in zip(constants, counts, strict=True)])
 
-    def readers(self, net: Net) -> list[nn.Module]:
+    def readers(self, net: Net, block: int) -> list[nn.Module]:
         return [net.get_submodule("trunk")]
 
     def start(self, problem: Any) -> None:
@@ -565,6 +588,7 @@ class Channels(Family):
     """
 
     name, embeddings, degree, closed = "channels", "channel", 2, True
+    unit = "channel"
 
     def geometries(
         self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
@@ -683,6 +707,158 @@ class Channels(Family):
         return Outputs(target, one, two, weight, moments)
 
 
+class Separable(Family):
+    """A kernel is the kernel of its column times a number of its own; both are generated.
+
+    A convolution with such a weight is a depthwise one and a pointwise one, one after the other
+    (Chollet 2017, arXiv 1610.02357). Weights with more rows than columns have several kernels for
+    each column, which their rows take in turn, so that there are as many kernels as rows.
+    Embeddings are those of the pointwise numbers, then those of the depthwise kernels.
+    """
+
+    name, embeddings, degree = "separable", "separable", 2
+
+    def geometries(
+        self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
+    ) -> Iterator[Geometry]:
+        import os
+
+        for lead in [int(os.environ.get("SEP", "64"))]:
+            # Numbers and kernels are compressed alike
+            kernels = _kernels(shapes).items()
+            yield lead, tuple(Head(name, -(-lead // size), size) for name, size in kernels)
+
+    def longest(self, geometry: Geometry) -> int | None:
+        return geometry[0]
+
+    def grid(self, shape: Sequence[int], lead: int, head: Head, axis: int) -> Grid:
+        rows, columns = channels(shape, axis)
+        folds = -(-rows // columns)
+        rows, width = -(-rows // folds), columns * folds
+        tiles = -(-rows * width // lead) + -(-width // head.trail)
+        return Grid(head.kernel, tuple(shape), axis, lead, rows, 1, width, tiles)
+
+    def shared(self, lead: int, hidden: int, nz: Any) -> dict[str, tuple[Any, Any]]:
+        return {"pointwise": (nz, lead)}
+
+    def macs(self, grid: Grid, hidden: int, nz: int) -> int:
+        numbers, kernels = grid.rows * grid.width, grid.width * grid.elements
+        return (numbers + kernels) * nz + grid.rows * kernels
+
+    def factorized_macs(self, grid: Grid, size: int) -> tuple[int, int] | None:
+        if grid.elements == 1:
+            return None
+        # The last is the offset's, which all outputs have in common
+        return grid.width * (grid.elements + grid.rows) + grid.elements, grid.width
+
+    def factors(self, net: Net, site: Site) -> None:
+        return None
+
+    def weight(self, net: Net, site: Site) -> Tensor:
+        _, (_, offset), grid = site
+        return _separated(*self.thin(net, site), offset, grid)
+
+    def thin(self, net: Net, site: Site) -> tuple[Tensor, Tensor]:
+        """The pointwise numbers of a weight, (R, w), and its depthwise kernels, (w, k), scaled."""
+        z, (scale, _), grid = site
+        of_numbers, of_kernels = z.split(self.split(grid))
+        weight, bias = net.head(grid.kernel)
+        numbers = linear(of_numbers, *net.layer("pointwise"))  # (tiles, lead)
+        kernels = linear(of_kernels * scale, weight, bias * scale)  # (tiles, trail * k)
+        return _laid(numbers, grid.rows, grid.width), _laid(kernels, grid.width, grid.elements)
+
+    def together(self, net: Net, sites: Sequence[Site], dtype: torch.dtype) -> list[Tensor]:
+        """Two products for each head, of the embeddings of all of its weights."""
+        weights: dict[int, Tensor] = {}
+        # Sums over many tiles would overflow a float16 in the backward pass
+        inner = dtype if dtype == torch.bfloat16 else sites[0][0].dtype
+        for kernel, members in _by_kernel(sites).items():
+            z, constants, grids = zip(*(sites[at] for at in members), strict=True)
+            stack = Stack(grids)
+            counts = [self.split(grid) for grid in grids]
+            parts = stack.collect(z).split([n for both in counts for n in both])
+            scales = [c[:1].expand(n, 1) for c, (_, n) in zip(constants, counts, strict=True)]
+            scale, of_kernels = torch.cat(scales), torch.cat(parts[1::2])
+            # [s z, s] @ [W, B].T = s (W z + B), for each row z with its own s
+            left = torch.cat([of_kernels * scale, scale], 1)
+            kernels = _product(left, with_column(*net.head(kernel)), inner)
+            left = with_ones(torch.cat(parts[::2]))
+            numbers = _product(left, with_column(*net.layer("pointwise")), inner)
+            pairs = zip(
+                *(
+                    x.split([*n])
+                    for x, n in zip((numbers, kernels), zip(*counts, strict=True), strict=True)
+                ),
+                strict=True,
+            )
+            for number, (at, (a, b)) in enumerate(zip(members, pairs, strict=True)):
+                grid, offset = grids[number], constants[number][1].to(inner)
+                a, b = _laid(a, grid.rows, grid.width), _laid(b, grid.width, grid.elements)
+                weights[at] = stack.mark(number, _separated(a, b, offset, grid).to(dtype))
+        return [weights[at] for at in range(len(sites))]
+
+    def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
+        if any(grid.padding for *_, grid in sites):
+            return None
+        total = []
+        for site in sites:
+            numbers, kernels = (widened(part) for part in self.thin(net, site))
+            offset = widened(site[1][1])
+            # Of (p d + o)^2, the parts summed up over rows and elements
+            total.append(numbers.square().sum(0) @ kernels.square().sum(1))
+            total.append(2 * offset * (numbers.sum(0) @ kernels.sum(1)))
+            total.append(offset.square() * numbers.numel() * kernels.shape[1])
+        return torch.stack(total).sum()
+
+    def metrics(
+        self, net: Net, sites: Sequence[Site]
+    ) -> tuple[list[list[Metric]], dict[str, Metric]]:
+        """All columns of a weight count alike, as they nearly do in training."""
+        of_numbers = (weight := net.layer("pointwise")[0]).t() @ weight
+        of_kernels = {kernel: (w := net.head(kernel)[0]).t() @ w for kernel in net.heads}
+        own = []
+        rows: dict[str, list[tuple[Tensor, Site]]] = {}
+        for site in sites:
+            z, (scale, _), grid = site
+            counts = self.split(grid)
+            numbers, kernels = self.thin(net, site)
+            # What a number moves the weight by, and what a kernel does
+            number = kernels.square().sum() / grid.width
+            kernel = numbers.square().sum() * scale.square() / grid.width
+            grams = of_numbers * number, of_kernels[grid.kernel] * kernel
+            weights = math.prod(grid.shape)
+            pairs = zip(grams, counts, strict=True)
+            own.append([Metric(gram, (count, weights / count)) for gram, count in pairs])
+            first, second = z.split(counts)
+            rows.setdefault("pointwise.weight", []).append((first * number.sqrt(), site))
+            path = f"heads.{grid.kernel}.weight"
+            rows.setdefault(path, []).append((second * kernel.sqrt(), site))
+        shared = {}
+        for path, members in rows.items():
+            matrices, of_sites = zip(*members, strict=True)
+            side = len(net.get_parameter(path))
+            shared[path] = Metric(_gram(matrices), _sides(side, of_sites))
+        return own, shared
+
+    def thin_factors(self, net: Net, site: Site) -> tuple[Tensor, ...]:
+        numbers, kernels = self.thin(net, site)
+        return numbers, kernels.view(len(kernels), *site[2].shape[2:]), site[1][1]
+
+    def embeddings_at(self, z: Tensor, grid: Grid, first: Tensor, second: Tensor) -> Tensor:
+        row, column = (second, first) if grid.axis else (first, second)
+        return z[(row * grid.turned[1] + column) // grid.lead]
+
+    def silence(self, z: Tensor, grid: Grid) -> None:
+        z[: self.split(grid)[0]] = 0  # of the numbers; gradients of these are not zero
+
+    def split(self, grid: Grid) -> list[int]:
+        numbers = -(-grid.rows * grid.width // grid.lead)
+        return [numbers, grid.tiles - numbers]
+
+    def readers(self, net: Net, block: int) -> list[nn.Module]:
+        return list(net.heads.children()) if block else [net.get_submodule("pointwise")]
+
+
 FAMILIES: dict[str, Family] = {}
 """Families by name, in the order in which the planner prefers them."""
 
@@ -780,6 +956,17 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return linear(left, right).to(dtype)
 
 
+def _laid(tiles: Tensor, rows: int, columns: int) -> Tensor:
+    """Tiles as a matrix: (any, n) -> (rows, columns), the first numbers of them."""
+    return first(tiles.view(-1), rows * columns).view(rows, columns)
+
+
+def _separated(numbers: Tensor, kernels: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    """The weight of pointwise numbers, (R, w), and depthwise kernels, (w, k)."""
+    rows = torch.addcmul(offset, numbers[..., None], kernels)  # (R, w, 1) * (w, k)
+    return grid.join(rows.flatten(1))  # (R, w, k) -> (R, w * k)
+
+
 def _used(net: Net, grid: Grid) -> tuple[Tensor, Tensor]:
     """The part of a head that a weight uses, which may be narrower than a tile."""
     weight, bias = net.head(grid.kernel)
@@ -848,5 +1035,5 @@ def _power_of_two(value: float) -> int:
     return 1 if value <= 1 else 2 ** round(math.log2(value))
 
 
-for _family in (OneLayer(), TwoLayers(), Channels()):
+for _family in (OneLayer(), TwoLayers(), Channels(), Separable()):
     register_family(_family)

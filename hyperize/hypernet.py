@@ -30,7 +30,6 @@ from hyperize.config import ConfigError, did_you_mean
 from hyperize.factorized import expand
 from hyperize.families import Site
 from hyperize.plan import Plan
-from hyperize.products import linear
 from hyperize.tiling import Grid
 
 __all__ = ["HyperNet"]
@@ -172,7 +171,7 @@ class HyperNet(nn.Module):
                 return self._generate(embedding, constants, grid)
         with no_autocast(embedding.device.type):
             site = self._site(embedding, constants, grid)
-            weight = grid.join(linear(*self.family.factors(self, site))).to(embedding.dtype)
+            weight = self.family.weight(self, site).to(embedding.dtype)
         return like_a_parameter(weight, embedding.requires_grad)
 
     def together(
@@ -256,7 +255,10 @@ class HyperNet(nn.Module):
         """
         with no_autocast(embedding.device.type):
             site = self._site(embedding, constants, grid)
-            rows, weight, bias = (t.float() for t in self.family.factors(self, site))
+            factors = self.family.factors(self, site)
+        if factors is None:
+            return moments(self._generate(embedding, constants, grid).float())
+        rows, weight, bias = (t.float() for t in factors)
         if rows.shape[0] * weight.shape[0] != math.prod(grid.shape):  # less what is padding
             return moments(self._generate(embedding, constants, grid).float())
         # All products of two sets of vectors, whose moments follow from those of the sets

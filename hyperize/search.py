@@ -244,7 +244,8 @@ class _Table:
             outputs = [out for _, out in self.family.shared(self.lead, hidden, 1).values()]
             slope = sum(outputs) or min(head.width for head in self.heads)
             limit = budget.most_hyper(int(self.weights @ self.counts)) // slope
-            longest = max(1, min(int(fill / budget.least_ratio) + 1, limit))
+            most = self.family.longest(self.geometry) or limit
+            longest = max(1, min(int(fill / budget.least_ratio) + 1, limit, most))
             nz = np.arange(1, longest + 1, dtype=np.int64)
         shapes, heads = self.kept(hidden, nz)
         dense = (self.weights * self.counts) @ shapes

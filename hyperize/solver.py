@@ -425,13 +425,13 @@ class Problem:
         The layer that reads the embeddings takes the inverse factors. Its gradients are then of
         the same size for all components, as they are at initialisation.
         """
-        for part in zip(*self.z.values(), strict=True):
+        for block, part in enumerate(zip(*self.z.values(), strict=True)):
             squares = torch.stack([z.square().sum(0) for z in part]).sum(0)
             deviation = (squares / sum(len(z) for z in part)).sqrt()
             deviation = torch.where(deviation > 0, deviation, 1.0)
             for z in part:
                 z /= deviation
-            for layer in self.family.readers(self.net):
+            for layer in self.family.readers(self.net, block):
                 cast(Affine, layer).weight.mul_(deviation)
 
     # The end

@@ -36,6 +36,7 @@ def _resnet():
 MODELS = {
     "convolutions": (Convolutions, (2, 3, 16, 16), {}),
     "convolutions, channels": (Convolutions, (2, 3, 16, 16), {"embeddings": "channel"}),
+    "convolutions, separable": (Convolutions, (2, 3, 16, 16), {"embeddings": "separable"}),
     "convolutions, two layers": (Convolutions, (2, 3, 16, 16), {"hidden_dim": 8}),
     "convolutions, paper's tiles": (
         Convolutions,
@@ -463,6 +464,8 @@ def test_the_penalty_counts_what_was_reached(accelerated):
         {},
         {"embeddings": "channel"},
         {"embeddings": "channel", "trunk_axis": 1},
+        {"embeddings": "separable"},
+        {"embeddings": "separable", "trunk_axis": 1},
         {"hidden_dim": 8},
         {"trunk_axis": 1},
         {"tile": (16, 16), "embedding_dim": 8, "hidden_dim": 8, "compression": None},
@@ -490,7 +493,7 @@ def test_the_penalty_of_every_family_and_padding(options, width):
             assert torch.allclose(a, b, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("embeddings", ["tile", "channel"])
+@pytest.mark.parametrize("embeddings", ["tile", "channel", "separable"])
 def test_a_second_backward_pass_reaches_what_it_reaches(embeddings, accelerated):
     hyper = hyperize(Convolutions(), compression=2, embeddings=embeddings)
     layers = list(generated_layers(hyper).values())
@@ -522,7 +525,7 @@ def test_hooks_may_scale_a_gradient(accelerated):
     same_gradients(got, {name: 2 * g for name, g in wanted.items()})
 
 
-@pytest.mark.parametrize("embeddings", ["tile", "channel"])
+@pytest.mark.parametrize("embeddings", ["tile", "channel", "separable"])
 def test_gradients_are_accumulated_and_changed_in_place(embeddings, accelerated):
     hyper = hyperize(Convolutions(), compression=3, embeddings=embeddings)
     x = torch.randn(2, 3, 16, 16)

@@ -93,6 +93,7 @@ class Dynamic(nn.Module):
 MODELS = {
     "small": (Small, (3, 8, 8), {}),
     "channels": (Small, (3, 8, 8), {"embeddings": "channel"}),
+    "separable": (Small, (3, 8, 8), {"embeddings": "separable"}),
     "two layers": (Small, (3, 8, 8), {"hidden_dim": 8}),
     "private": (Small, (3, 8, 8), {"private": ("fc", "stem")}),
     "every shape": (Convolutions, (3, 16, 16), {}),
@@ -731,7 +732,7 @@ def test_onnx_is_of_one_network(tmp_path):
     assert not (tmp_path / "two.onnx").exists()
 
 
-@pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}])
+@pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}, {"embeddings": "separable"}])
 @pytest.mark.parametrize("with_data", [False, True])
 def test_fitting_takes_a_teacher_for_each_network(options, with_data):
     teachers = []
@@ -766,7 +767,7 @@ def test_fitting_takes_a_teacher_for_each_network(options, with_data):
     assert all(torch.equal(t, kept[key]) for key, t in hyper.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}])
+@pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}, {"embeddings": "separable"}])
 def test_networks_that_such_a_generator_made_are_found_again(options):
     model, made_of, x = made("small", private="fc", **options)
     teachers = [to_dense(made_of, condition=k) for k in range(K)]

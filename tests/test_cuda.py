@@ -364,7 +364,7 @@ def test_nothing_stays_in_memory():
         assert torch.cuda.memory_allocated() == before
 
 
-@pytest.mark.parametrize("embeddings", ["tile", "channel"])
+@pytest.mark.parametrize("embeddings", ["tile", "channel", "separable"])
 def test_fits(embeddings):
     torch.manual_seed(0)
     teacher = randomise(Convolutions()).eval().to(DEVICE)

@@ -50,7 +50,7 @@ class Toy(OneLayer):
         x = linear(z, weight, bias)
         return x if scale is None else x * scale
 
-    def readers(self, net):
+    def readers(self, net, block):
         return [net.get_submodule("mixer")]
 
     def start(self, problem):

@@ -72,6 +72,7 @@ MODELS = {
     "paper-axis": (Convolutions, (4, 3, 16, 16), {**TWO_LAYERS, "trunk_axis": 1}),
     "channels": (Convolutions, (4, 3, 16, 16), {"embeddings": "channel", "targets": ALL}),
     "channels-recurrent": (CRNN, (2, 1, 8, 16), {"embeddings": "channel", "targets": ALL}),
+    "separable": (Convolutions, (4, 3, 16, 16), {"embeddings": "separable", "targets": ALL}),
     "channels-transposed": (
         lambda: Transposed(dims=1),
         (4, 2, 16),

@@ -43,6 +43,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "one layer": {},
     "two layers": {"hidden_dim": 12, "tile": (4, 8), "embedding_dim": 10, "compression": None},
     "channels": {"embeddings": "channel"},
+    "separable": {"embeddings": "separable", "embedding_dim": 24, "compression": None},
 }
 """Requests for each family of generators."""
 
@@ -173,7 +174,7 @@ def test_the_factors_share_the_decay_of_the_weights(form):
     for param in hyper.parameters():
         param.grad = torch.zeros_like(param)
     optimizer.step()
-    factors = 2 if form == "one layer" else 3
+    factors = {"one layer": 2, "separable": 4}.get(form, 3)
     for path in generated_layers(hyper):
         after = dense_state_dict(hyper)[f"{path}.weight"]
         kept = (1 - 0.1 * 0.9 / factors) ** factors

@@ -471,7 +471,9 @@ def test_without_values_the_page_says_why(make, reason, tmp_path):
     assert reason in line
 
 
-@pytest.mark.parametrize("options", [{}, {"hidden_dim": 4}, {"embeddings": "channel"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"hidden_dim": 4}, {"embeddings": "channel"}, {"embeddings": "separable"}]
+)
 def test_one_step_of_training_is_seen(options, tmp_path):
     hyper = hyperize(Stage(), compression=2, **options)
     optimizer = torch.optim.SGD(hyper.parameters(), lr=0.1)
@@ -687,7 +689,7 @@ def test_several_moments_share_a_plane():
         np.testing.assert_allclose(a, b)
 
 
-@pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}])
+@pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}, {"embeddings": "separable"}])
 def test_equal_embeddings_have_equal_colours(options):
     """Of a weight the lower half is generated from the embeddings of the upper half."""
     model = nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(32, 32, 3))

@@ -72,6 +72,7 @@ TWO = {"targets": ("conv2d", "linear")}
 MODELS = {
     "convolutions": (Convolutions, (2, 3, 24, 24), {}),
     "channels": (Convolutions, (2, 3, 24, 24), {"embeddings": "channel", "factorized": True}),
+    "separable": (Convolutions, (2, 3, 24, 24), {"embeddings": "separable"}),
     "crnn": (CRNN, (2, 1, 8, 16), {}),
     "stage": (Stage, (4, 3, 8, 8), TWO),
     "tied": (Tied, (2, 3, 8, 8), {}),

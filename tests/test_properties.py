@@ -101,7 +101,7 @@ def requests(draw):
     options = {"targets": TARGETS, "trunk_axis": draw(st.sampled_from([0, 1])), "seed": 0}
     options["compression"] = draw(st.floats(1.01, 30))
     if draw(st.sampled_from([False, False, False, True])):  # which has no other sizes to fix
-        options["embeddings"] = "channel"
+        options["embeddings"] = draw(st.sampled_from(["channel", "separable"]))
         if draw(st.booleans()):
             options["embedding_dim"] = draw(st.integers(1, 16))
         return options
@@ -220,7 +220,7 @@ def test_factors_compute_what_the_weight_does(net, request):
 
 
 @random_models
-@given(nets(), st.floats(0.05, 1.2), st.sampled_from(["tile", "channel"]))
+@given(nets(), st.floats(0.05, 1.2), st.sampled_from(["tile", "channel", "separable"]))
 def test_a_total_is_met_by_the_built_model_or_refused(net, share, embeddings):
     model, _ = build(net)
     most = max(1, int(share * count(model)))

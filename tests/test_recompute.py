@@ -74,7 +74,7 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("embeddings", ["tile", "channel"])
+@pytest.mark.parametrize("embeddings", ["tile", "channel", "separable"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_are_the_same_bit_for_bit(name, embeddings, amp):
     model, x = case(name, embeddings=embeddings)

@@ -82,6 +82,13 @@ OWN = {
         (2, 2, 8, 8),
         {"embeddings": "channel", "targets": ALL_KINDS},
     ),
+    "separable": (Convolutions, (2, 3, 24, 24), {"embeddings": "separable"}),
+    "separable-crnn": (CRNN, (2, 1, 8, 16), {"embeddings": "separable", "trunk_axis": 1}),
+    "separable-autoencoder": (
+        Transposed,
+        (2, 2, 8, 8),
+        {"embeddings": "separable", "targets": ALL_KINDS},
+    ),
     "sequential-root": (
         lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3)),
         (2, 3, 8, 8),

@@ -41,6 +41,7 @@ from hyperize.rounding import decode, encode, is_matrix, nearest, pack, rows_of,
 MODELS = {
     "convolutions": (Convolutions, (2, 3, 16, 16), {}),
     "channels": (Convolutions, (2, 3, 16, 16), {"embeddings": "channel"}),
+    "separable": (Convolutions, (2, 3, 16, 16), {"embeddings": "separable"}),
     "two layers": (Convolutions, (2, 3, 16, 16), {"hidden_dim": 8}),
     "crnn": (CRNN, (2, 1, 8, 16), {"exclude": "lstm"}),  # which stays dense
     "recurrent": (CRNN, (2, 1, 8, 16), {}),
