@@ -133,6 +133,10 @@ def channel(subject: Subject, classes: int, most: int, seed: int, options: Any) 
     return ours(subject, classes, most, seed, {"embeddings": "channel", **options})
 
 
+def separable(subject: Subject, classes: int, most: int, seed: int, options: Any) -> nn.Module:
+    return ours(subject, classes, most, seed, {"embeddings": "separable", **options})
+
+
 def paper(subject: Subject, classes: int, most: int, seed: int, options: Any) -> nn.Module:
     model = dense(subject, classes, most, seed, {})
     return hyperize(model, HyperConfig.paper(**{**subject.options, **options}, seed=seed))
@@ -173,6 +177,7 @@ METHODS: dict[str, Method] = {
     "paper": Method(paper, MUON),
     "tile": Method(ours, MUON),
     "channel": Method(channel, MUON),
+    "separable": Method(separable, MUON),
 }
 FREE = ("dense", "paper")
 """Methods whose size is what it is."""

@@ -236,7 +236,7 @@ def _parser() -> _Parser:
     )
     group.add_argument(
         "--embeddings",
-        choices=("tile", "channel"),
+        choices=("tile", "channel", "separable"),
         help="what has an embedding of its own; default: tile, of fit: channel",
     )
     group.add_argument(

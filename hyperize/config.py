@@ -118,7 +118,12 @@ class HyperConfig:
         embeddings: What has an embedding of its own. "tile": each tile. "channel": each channel
             along both axes of a weight; the embedding of a kernel is the product of those of its
             two channels, and there is no hidden layer and no choice of tiles. A weight is a CP
-            decomposition then, of which all layers share the factor over the kernel.
+            decomposition then, of which all layers share the factor over the kernel. "separable": a
+            kernel is the kernel of its column, along the other axis than `trunk_axis`, times a
+            number of its own, so that a convolution is a depthwise and a pointwise one (Chollet
+            2017, arXiv 1610.02357); tiles of numbers and tiles of kernels have embeddings. It has
+            no hidden layer and no choice of tiles either, and 3x3 kernels have an eighth of their
+            numbers at most, however little compression is asked for.
         embedding_dim: Length Nz of every tile's embedding; `None` lets the planner take the
             largest that meets the request.
         hidden_dim: Length d of the hypernetwork's hidden layer. 0 is for none: a tile is a linear

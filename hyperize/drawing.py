@@ -155,7 +155,7 @@ class Snapshot:
         reason: Why there is nothing to see; empty if there is.
         samples: Name of each weight and an even sample of its embeddings, (sample, Nz).
         total: Number of embeddings that there are.
-        unit: What has an embedding, "tile" or "channel".
+        unit: What has an embedding, as `Family.unit`.
         kernels: Of a few weights.
         maps: Of some weights.
         networks: What `similarities` returns.
@@ -179,7 +179,7 @@ class Projection:
         explained: Share of all drawn embeddings' variance along each of the two axes.
         drawn: Number of points.
         total: Number of embeddings that there are.
-        unit: What has an embedding, "tile" or "channel".
+        unit: What has an embedding, as `Family.unit`.
     """
 
     layers: tuple[tuple[str, np.ndarray], ...]

@@ -61,6 +61,8 @@ It makes tiles of 64 kernels in ResNet-20 and ResNet-56 on CIFAR-10. Of 8 to 128
 trained fastest from scratch, and fitted trained weights best, or nearly, by `fit_` with data. With
 Muon they are ahead of 16, 256 and 1024 kernels in ResNet-20 and in WRN 40-1 (docs/compression.md).
 """
+LEADS = (64, 128, 32, 256, 16)
+"""Numbers of a tile of a separable weight, from the preferred one on."""
 EXPONENTS = sorted(range(-6, 9), key=abs)
 """Powers of two by which tiles differ from the preferred size, the nearest first."""
 
@@ -721,12 +723,12 @@ class Separable(Family):
     def geometries(
         self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
     ) -> Iterator[Geometry]:
-        import os
-
-        for lead in [int(os.environ.get("SEP", "64"))]:
-            # Numbers and kernels are compressed alike
-            kernels = _kernels(shapes).items()
-            yield lead, tuple(Head(name, -(-lead // size), size) for name, size in kernels)
+        """Numbers and kernels are compressed alike."""
+        elements = _kernels(shapes)
+        for lead in LEADS:
+            # Of kernels of one element there are few to a weight, and a narrow head will do
+            trails = {kernel: -(-lead // max(size, 4)) for kernel, size in elements.items()}
+            yield lead, tuple(Head(k, trail, elements[k]) for k, trail in trails.items())
 
     def longest(self, geometry: Geometry) -> int | None:
         return geometry[0]

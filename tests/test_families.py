@@ -135,6 +135,36 @@ def test_it_is_saved_and_loaded_equal(toy, tmp_path):
     assert torch.equal(hyper(x), again(x))
 
 
+# ------------------------------------------------------------------------------ separable weights
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(64, 64, 3, 3), (96, 32, 5, 5), (30, 64, 3, 3), (64, 48, 3)])
+def test_a_separable_weight_is_numbers_times_kernels_of_columns(shape, axis):
+    """A column has one kernel, or as many as it takes to have one for each row, in turns."""
+    conv = (nn.Conv1d, nn.Conv2d)[len(shape) - 3](shape[1], shape[0], shape[2])
+    hyper = hyperize(
+        nn.Sequential(conv), embeddings="separable", compression=1.5, trunk_axis=axis, seed=0,
+        targets=("conv1d", "conv2d"),
+    )  # fmt: skip
+    layer = hyper[0]
+    weight = layer.weight.detach().double() - layer.constants("weight")[1]
+    turned = weight.transpose(0, axis).flatten(2)  # (rows, columns, k)
+    rows, columns, _ = turned.shape
+    turns = -(-rows // columns)
+    for turn in range(turns):
+        values = torch.linalg.svdvals(turned[turn::turns].transpose(0, 1))  # of (columns, rows, k)
+        assert (values[:, 1] < 1e-5 * values[:, 0]).all()
+    for turn in range(1, turns):
+        values = torch.linalg.svdvals(turned[turn - 1 : turn + 1].transpose(0, 1))
+        assert (values[:, 1] > 1e-3 * values[:, 0]).all()
+
+
+def test_a_depthwise_weight_can_be_anything_though_it_has_one_column():
+    model = nn.Sequential(nn.Conv2d(64, 64, 5, groups=64), nn.Conv2d(64, 64, 5))
+    hyper = hyperize(model, embeddings="separable", compression=2, seed=0)
+    values = torch.linalg.svdvals(hyper[0].weight.flatten(1))
+    assert values.min() > 1e-2 * values.max()
+
+
 def test_it_computes_with_factors(toy):
     hyper = hyperize(randomise(wide()), toy.replace(factorized=True))
     assert any(layer.factoring for layer in generated_layers(hyper).values())

@@ -279,12 +279,34 @@ def test_channels_have_embeddings_along_both_axes(name, trunk_axis):
     assert count(hyperize(model, plan)) == plan.total_hyper_params
 
 
-def test_channels_leave_nothing_to_choose_but_their_length():
+@pytest.mark.parametrize("trunk_axis", [0, 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_separable_weights_have_embeddings_of_numbers_and_of_kernels(name, trunk_axis):
+    model = meta(name)
+    plan = make_plan(model, embeddings="separable", compression=4, trunk_axis=trunk_axis)
+    assert plan.compression >= 4
+    nz = plan.embedding_dim
+    assert nz <= plan.lead  # a longer one would add nothing
+    trails = {head.kernel: head.trail for head in plan.heads}
+    for planned in plan.sites:
+        shape = planned.site.shape
+        rows, columns = shape[trunk_axis], shape[1 - trunk_axis]
+        kernels = columns * math.ceil(rows / columns)  # as many as rows, at least
+        numbers = math.ceil(rows / math.ceil(rows / columns)) * kernels
+        tiles = math.ceil(numbers / plan.lead) + math.ceil(kernels / trails[planned.site.kernel])
+        assert planned.hyper_params == tiles * nz < planned.site.dense_params
+    shared = sum(head.width for head in plan.heads) + plan.lead
+    assert plan.hyper_params == sum(p.hyper_params for p in plan.sites) + shared * (nz + 1)
+    assert count(hyperize(model, plan)) == plan.total_hyper_params
+
+
+@pytest.mark.parametrize("embeddings", ["channel", "separable"])
+def test_channels_leave_nothing_to_choose_but_their_length(embeddings):
     model = meta("resnet18")
-    assert "channel" in str(make_plan(model, embeddings="channel"))
-    assert make_plan(model, embeddings="channel", embedding_dim=7).embedding_dim == 7
+    assert embeddings in str(make_plan(model, embeddings=embeddings))
+    assert make_plan(model, embeddings=embeddings, embedding_dim=7).embedding_dim == 7
     for options in ({"tile": (1, 16)}, {"hidden_dim": 16}):
-        with pytest.raises(ConfigError, match="channel"):
-            make_plan(model, embeddings="channel", **options)
+        with pytest.raises(ConfigError, match=embeddings):
+            make_plan(model, embeddings=embeddings, **options)
     with pytest.raises(ConfigError, match="embeddings"):
         make_plan(model, embeddings="channels")
