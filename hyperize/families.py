@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,8 +61,16 @@ It makes tiles of 64 kernels in ResNet-20 and ResNet-56 on CIFAR-10. Of 8 to 128
 trained fastest from scratch, and fitted trained weights best, or nearly, by `fit_` with data. With
 Muon they are ahead of 16, 256 and 1024 kernels in ResNet-20 and in WRN 40-1 (docs/compression.md).
 """
-LEADS = (64, 128, 32, 256, 16)
-"""Numbers of a tile of a separable weight, from the preferred one on."""
+DIRECT = (16, 64)
+"""Shortest and longest embeddings of separable weights whose numbers are stored as they are.
+
+Between them, they are as long as kernels are, so that these can be any.
+"""
+DEEP = 0.9
+"""Share of all weights that kernels of several elements have where that is done. The others, which
+it does not make smaller, stay dense."""
+LEADS = (64, 128, 32, 256)
+"""Numbers of a tile, where they are generated, from the preferred one on."""
 EXPONENTS = sorted(range(-6, 9), key=abs)
 """Powers of two by which tiles differ from the preferred size, the nearest first."""
 
@@ -92,18 +100,21 @@ class Metric:
     the matrix. Of a matrix that makes several weights, it is the mean over these.
 
     Attributes:
-        right: Gram matrix of what the rows are multiplied by, (n, n) for a matrix (m, n).
+        right: Gram matrix of what the rows are multiplied by, (n, n) for a matrix (m, n); None for
+            the identity.
         sides: Rows and columns of the weight, seen as a matrix whose rows or columns the matrix's
             rows make.
         scale: A scalar, or None for 1.
         left: Gram matrix of what blocks of rows are multiplied by, (b, b) with b a divisor of m;
             None for the identity.
+        shape: As which the first numbers of the parameters are laid out, if they are no matrix.
     """
 
-    right: Tensor
+    right: Tensor | None
     sides: tuple[float, float]
     scale: Tensor | None = None
     left: Tensor | None = None
+    shape: tuple[int, int] | None = None
 
 
 class Family:
@@ -152,9 +163,9 @@ class Family:
         """Inputs of each head."""
         return nz
 
-    def longest(self, geometry: Geometry) -> int | None:
-        """The length from which on a longer embedding adds nothing; None if there is none."""
-        return None
+    def lengths(self, geometry: Geometry) -> tuple[int, int | None]:
+        """The shortest and the longest embedding to choose from; None if there is no longest."""
+        return 1, None
 
     def macs(self, grid: Grid, hidden: int, nz: int) -> int:
         """Multiply-adds of generating one weight."""
@@ -723,15 +734,24 @@ class Separable(Family):
     def geometries(
         self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
     ) -> Iterator[Geometry]:
-        """Numbers and kernels are compressed alike."""
-        elements = _kernels(shapes)
-        for lead in LEADS:
+        """Numbers are stored if that is small enough; else they are compressed as kernels are."""
+        elements, rows = _kernels(shapes), _rows(shapes, config.trunk_axis)
+        of_kernel = {kernel: of.total() for kernel, of in rows.items()}
+        deep = sum(n for kernel, n in of_kernel.items() if elements[kernel] > 1)
+        direct = _direct(elements.values())
+        leads = [lead for lead in LEADS if lead > direct and lead >= (config.embedding_dim or 1)]
+        if deep >= DEEP * sum(of_kernel.values()) and config.embedding_dim in (None, direct):
+            leads.insert(0, direct)
+        elif not leads:
+            leads = [_power_of_two(config.embedding_dim or 1) * 2]
+        for lead in leads:
             # Of kernels of one element there are few to a weight, and a narrow head will do
             trails = {kernel: -(-lead // max(size, 4)) for kernel, size in elements.items()}
             yield lead, tuple(Head(k, trail, elements[k]) for k, trail in trails.items())
 
-    def longest(self, geometry: Geometry) -> int | None:
-        return geometry[0]
+    def lengths(self, geometry: Geometry) -> tuple[int, int | None]:
+        lead, heads = geometry
+        return (lead if lead == _direct(head.kernel_elements for head in heads) else 1), lead
 
     def grid(self, shape: Sequence[int], lead: int, head: Head, axis: int) -> Grid:
         rows, columns = channels(shape, axis)
@@ -741,7 +761,9 @@ class Separable(Family):
         return Grid(head.kernel, tuple(shape), axis, lead, rows, 1, width, tiles)
 
     def shared(self, lead: int, hidden: int, nz: Any) -> dict[str, tuple[Any, Any]]:
-        return {"pointwise": (nz, lead)}
+        if isinstance(nz, int):
+            return {"pointwise": (nz, lead)} if nz < lead else {}
+        return {"pointwise": (nz, np.where(nz < lead, lead, 0))}
 
     def macs(self, grid: Grid, hidden: int, nz: int) -> int:
         numbers, kernels = grid.rows * grid.width, grid.width * grid.elements
@@ -765,7 +787,9 @@ class Separable(Family):
         z, (scale, _), grid = site
         of_numbers, of_kernels = z.split(self.split(grid))
         weight, bias = net.head(grid.kernel)
-        numbers = linear(of_numbers, *net.layer("pointwise"))  # (tiles, lead)
+        numbers = of_numbers
+        if net.embedding_dim < grid.lead:
+            numbers = linear(of_numbers, *net.layer("pointwise"))  # (tiles, lead)
         kernels = linear(of_kernels * scale, weight, bias * scale)  # (tiles, trail * k)
         return _laid(numbers, grid.rows, grid.width), _laid(kernels, grid.width, grid.elements)
 
@@ -784,8 +808,11 @@ class Separable(Family):
             # [s z, s] @ [W, B].T = s (W z + B), for each row z with its own s
             left = torch.cat([of_kernels * scale, scale], 1)
             kernels = _product(left, with_column(*net.head(kernel)), inner)
-            left = with_ones(torch.cat(parts[::2]))
-            numbers = _product(left, with_column(*net.layer("pointwise")), inner)
+            numbers = torch.cat(parts[::2])
+            if net.embedding_dim < grids[0].lead:
+                right = with_column(*net.layer("pointwise"))
+                numbers = _product(with_ones(numbers), right, inner)
+            numbers = numbers.to(inner)
             pairs = zip(
                 *(
                     x.split([*n])
@@ -816,7 +843,8 @@ class Separable(Family):
         self, net: Net, sites: Sequence[Site]
     ) -> tuple[list[list[Metric]], dict[str, Metric]]:
         """All columns of a weight count alike, as they nearly do in training."""
-        of_numbers = (weight := net.layer("pointwise")[0]).t() @ weight
+        direct = net.embedding_dim >= sites[0][2].lead
+        of_numbers = None if direct else (w := net.layer("pointwise")[0]).t() @ w
         of_kernels = {kernel: (w := net.head(kernel)[0]).t() @ w for kernel in net.heads}
         own = []
         rows: dict[str, list[tuple[Tensor, Site]]] = {}
@@ -827,12 +855,17 @@ class Separable(Family):
             # What a number moves the weight by, and what a kernel does
             number = kernels.square().sum() / grid.width
             kernel = numbers.square().sum() * scale.square() / grid.width
-            grams = of_numbers * number, of_kernels[grid.kernel] * kernel
             weights = math.prod(grid.shape)
-            pairs = zip(grams, counts, strict=True)
-            own.append([Metric(gram, (count, weights / count)) for gram, count in pairs])
             first, second = z.split(counts)
-            rows.setdefault("pointwise.weight", []).append((first * number.sqrt(), site))
+            if of_numbers is None:
+                shape = grid.rows, grid.width
+                sides = grid.rows, weights / grid.rows
+                of_first = Metric(None, sides, number.sqrt(), shape=shape)
+            else:
+                of_first = Metric(of_numbers * number, (counts[0], weights / counts[0]))
+                rows.setdefault("pointwise.weight", []).append((first * number.sqrt(), site))
+            gram = of_kernels[grid.kernel] * kernel
+            own.append([of_first, Metric(gram, (counts[1], weights / counts[1]))])
             path = f"heads.{grid.kernel}.weight"
             rows.setdefault(path, []).append((second * kernel.sqrt(), site))
         shared = {}
@@ -956,6 +989,12 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
         if spare:
             left, right = F.pad(left, (0, spare)), F.pad(right, (0, spare))
     return linear(left, right).to(dtype)
+
+
+def _direct(elements: Iterable[int]) -> int:
+    """The length of embeddings with which kernels of these sizes can be any, within bounds."""
+    shortest, longest = DIRECT
+    return min(max(shortest, 2 ** (max(elements) - 1).bit_length()), longest)
 
 
 def _laid(tiles: Tensor, rows: int, columns: int) -> Tensor:

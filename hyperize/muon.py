@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import unwrap
 from typing import Any, TypeVar
 
@@ -164,7 +164,7 @@ class HyperMuon(Muon):  # type: ignore[misc]  # timm has no types
                     rows, lr = family.split(entry.site[2]), groups[key]["lr"] * seen
                     both = entry.site[0].split(rows), update.split(rows)
                     parts += [_Part(*part, lr) for part in zip(*both, of_entry, strict=True)]
-            _take(parts)
+            _take([part.laid_out() for part in parts])
         return params
 
     def _update(self, param: nn.Parameter, group: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -220,6 +220,15 @@ class _Part:
     metric: Metric
     lr: Any
 
+    def laid_out(self) -> _Part:
+        """With value and update in the metric's shape."""
+        shape = self.metric.shape
+        if shape is None:
+            return self
+        count = math.prod(shape)
+        value, update = (x.reshape(-1)[:count].view(shape) for x in (self.value, self.update))
+        return replace(self, value=value, update=update)
+
 
 def _by_hypernet(model: nn.Module) -> list[tuple[HyperNet, list[Generated]]]:
     """The hypernetworks of a model with the layers that they generate for."""
@@ -263,16 +272,26 @@ def _take(parts: Sequence[_Part]) -> None:
     for alike in _alike(grams.values(), lambda gram: gram.shape):
         made = inverse_root(widened(torch.stack(alike)))
         roots.update(zip(map(id, alike), made, strict=True))
-    for group in _alike(parts, lambda part: (part.value.shape, part.metric.left is None)):
-        right = torch.stack([roots[id(part.metric.right)] for part in group])
+    for group in _alike(parts, _form):
+        right = [roots[id(part.metric.right)] for part in group if part.metric.right is not None]
         left = [roots[id(part.metric.left)] for part in group if part.metric.left is not None]
-        update = torch.stack([part.update for part in group]).to(right.dtype)
-        steps = _left(left, orthogonal(_left(left, update @ right)) @ right)
+        update = widened(torch.stack([part.update for part in group]))
+        steps = _left(left, _right(orthogonal(_left(left, _right(update, right))), right))
         for part, step in zip(group, steps, strict=True):
             size = RMS * math.sqrt(max(part.metric.sides)) * part.lr
             if part.metric.scale is not None:
                 size = size / part.metric.scale
             part.value.sub_((step * size).to(part.value.dtype))
+
+
+def _form(part: _Part) -> tuple[torch.Size, bool, bool]:
+    """What parts have in common whose steps are made together."""
+    return part.value.shape, part.metric.left is None, part.metric.right is None
+
+
+def _right(x: Tensor, roots: Sequence[Tensor]) -> Tensor:
+    """Matrices x (N, m, n) times a matrix (n, n) for each, if there are any."""
+    return x @ torch.stack(list(roots)) if roots else x
 
 
 def _left(roots: Sequence[Tensor], x: Tensor) -> Tensor:

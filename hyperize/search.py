@@ -244,9 +244,9 @@ class _Table:
             outputs = [out for _, out in self.family.shared(self.lead, hidden, 1).values()]
             slope = sum(outputs) or min(head.width for head in self.heads)
             limit = budget.most_hyper(int(self.weights @ self.counts)) // slope
-            most = self.family.longest(self.geometry) or limit
-            longest = max(1, min(int(fill / budget.least_ratio) + 1, limit, most))
-            nz = np.arange(1, longest + 1, dtype=np.int64)
+            least, most = self.family.lengths(self.geometry)
+            longest = max(least, min(int(fill / budget.least_ratio) + 1, limit, most or limit))
+            nz = np.arange(least, longest + 1, dtype=np.int64)
         shapes, heads = self.kept(hidden, nz)
         dense = (self.weights * self.counts) @ shapes
         tiles = (self.grid_tiles * self.counts) @ shapes
