@@ -111,6 +111,29 @@ def test_a_step_of_embeddings_is_muons_step_of_the_weights(axis):
         assert values.max() < SINGULAR[1] * size, path
 
 
+@pytest.mark.parametrize("out", [32, 64])
+def test_stored_numbers_of_separable_weights_take_muons_step_as_a_matrix(out):
+    """Of the weight's own shape, however they are cut into embeddings."""
+    torch.manual_seed(0)
+    hyper = hyperize(nn.Sequential(nn.Conv2d(40, out, 3)), embeddings="separable", compression=4)
+    layer, family = hyper[0], hyper.hypernet.family
+    grid, table = layer.grids["weight"], layer.embedding("weight")
+    assert table.shape[1] == grid.lead  # they are stored
+    count, _ = family.split(grid)
+    numbers, kernels = family.thin(hyper.hypernet, (table, layer.constants("weight"), grid))
+    assert numbers.shape == (32, 40 * -(-out // 40))
+    before, size = numbers.detach().clone(), kernels.detach().square().sum(1).mean().sqrt()
+    optimizer = HyperMuon(only(hyper, table), LR, 0.0)
+    (layer.weight * torch.randn_like(layer.weight)).sum().backward()
+    table.grad[count:] = 0
+    optimizer.step()
+    after, _ = family.thin(hyper.hypernet, (table, layer.constants("weight"), grid))
+    values = torch.linalg.svdvals(after - before) * size
+    step = LR * RMS * math.sqrt(max(grid.rows, layer.weight.numel() / grid.rows))
+    assert SINGULAR[0] * step < values.min()
+    assert values.max() < SINGULAR[1] * step
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_all_parts_of_a_generator_move_the_weights_alike(form):
     """Each by about as much as a step of Muon moves a dense weight."""
