@@ -276,7 +276,8 @@ class _Convolution:
             return self.convolve(x, kernels[:, None])
         # On CPUs the backward pass of a strided one in bfloat16 takes ten times as long as this
         y = self.convolve(x, kernels[:, None], stride=1)
-        return y[(..., *(slice(None, None, step) for step in stride))]
+        steps: tuple[Any, ...] = (..., *(slice(None, None, step) for step in stride))
+        return y[steps]
 
     def split(self, x: Tensor, groups: int, turned: bool = False) -> Tensor:
         """(N, groups * c, ...) -> (N * groups, c, ...); turned, of (N, c * groups, ...)."""

@@ -61,7 +61,7 @@ It makes tiles of 64 kernels in ResNet-20 and ResNet-56 on CIFAR-10. Of 8 to 128
 trained fastest from scratch, and fitted trained weights best, or nearly, by `fit_` with data. With
 Muon they are ahead of 16, 256 and 1024 kernels in ResNet-20 and in WRN 40-1 (docs/compression.md).
 """
-DIRECT = (16, 64)
+STORED = (16, 64)
 """Shortest and longest embeddings of separable weights whose numbers are stored as they are.
 
 Between them, they are as long as kernels are, so that these can be any.
@@ -90,6 +90,8 @@ class Net(Protocol):
     def get_submodule(self, target: str) -> nn.Module: ...
 
     def get_parameter(self, target: str) -> nn.Parameter: ...
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]: ...
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ class Family:
         """Inputs of each head."""
         return nz
 
-    def lengths(self, geometry: Geometry) -> tuple[int, int | None]:
+    def lengths(
+        self, geometry: Geometry, shapes: Mapping[tuple[int, ...], int]
+    ) -> tuple[int, int | None]:
         """The shortest and the longest embedding to choose from; None if there is no longest."""
         return 1, None
 
@@ -330,6 +334,9 @@ class Family:
         Args:
             net: The hypernetwork.
             block: Number of the block, as `split` divides the embeddings of a weight.
+
+        Returns:
+            The layers; none if this block's embeddings are no vectors of components.
         """
         return list(net.heads.children())
 
@@ -735,13 +742,11 @@ class Separable(Family):
         self, shapes: Mapping[tuple[int, ...], int], config: HyperConfig
     ) -> Iterator[Geometry]:
         """Numbers are stored if that is small enough; else they are compressed as kernels are."""
-        elements, rows = _kernels(shapes), _rows(shapes, config.trunk_axis)
-        of_kernel = {kernel: of.total() for kernel, of in rows.items()}
-        deep = sum(n for kernel, n in of_kernel.items() if elements[kernel] > 1)
-        direct = _direct(elements.values())
-        leads = [lead for lead in LEADS if lead > direct and lead >= (config.embedding_dim or 1)]
-        if deep >= DEEP * sum(of_kernel.values()) and config.embedding_dim in (None, direct):
-            leads.insert(0, direct)
+        elements = _kernels(shapes)
+        length = _stored_length(elements.values())
+        leads = [lead for lead in LEADS if lead > length and lead >= (config.embedding_dim or 1)]
+        if _mostly_kernels(shapes) and config.embedding_dim in (None, length):
+            leads.insert(0, length)
         elif not leads:
             leads = [_power_of_two(config.embedding_dim or 1) * 2]
         for lead in leads:
@@ -749,9 +754,12 @@ class Separable(Family):
             trails = {kernel: -(-lead // max(size, 4)) for kernel, size in elements.items()}
             yield lead, tuple(Head(k, trail, elements[k]) for k, trail in trails.items())
 
-    def lengths(self, geometry: Geometry) -> tuple[int, int | None]:
+    def lengths(self, geometry: Geometry, shapes: Mapping[tuple[int, ...], int]) -> tuple[int, int]:
         lead, heads = geometry
-        return (lead if lead == _direct(head.kernel_elements for head in heads) else 1), lead
+        if not _mostly_kernels(shapes):
+            return 1, lead // 2  # so that kernels of one element become smaller as well
+        stored = lead == _stored_length(head.kernel_elements for head in heads)
+        return (lead, lead) if stored else (1, lead - 1)
 
     def grid(self, shape: Sequence[int], lead: int, head: Head, axis: int) -> Grid:
         rows, columns = channels(shape, axis)
@@ -812,18 +820,13 @@ class Separable(Family):
             if net.embedding_dim < grids[0].lead:
                 right = with_column(*net.layer("pointwise"))
                 numbers = _product(with_ones(numbers), right, inner)
-            numbers = numbers.to(inner)
-            pairs = zip(
-                *(
-                    x.split([*n])
-                    for x, n in zip((numbers, kernels), zip(*counts, strict=True), strict=True)
-                ),
-                strict=True,
-            )
-            for number, (at, (a, b)) in enumerate(zip(members, pairs, strict=True)):
-                grid, offset = grids[number], constants[number][1].to(inner)
-                a, b = _laid(a, grid.rows, grid.width), _laid(b, grid.width, grid.elements)
-                weights[at] = stack.mark(number, _separated(a, b, offset, grid).to(dtype))
+            points = numbers.to(inner).split([n for n, _ in counts])
+            depths = kernels.split([n for _, n in counts])
+            for number, (at, grid) in enumerate(zip(members, grids, strict=True)):
+                point = _laid(points[number], grid.rows, grid.width)
+                depth = _laid(depths[number], grid.width, grid.elements)
+                weight = _separated(point, depth, constants[number][1].to(inner), grid)
+                weights[at] = stack.mark(number, weight.to(dtype))
         return [weights[at] for at in range(len(sites))]
 
     def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
@@ -843,8 +846,8 @@ class Separable(Family):
         self, net: Net, sites: Sequence[Site]
     ) -> tuple[list[list[Metric]], dict[str, Metric]]:
         """All columns of a weight count alike, as they nearly do in training."""
-        direct = net.embedding_dim >= sites[0][2].lead
-        of_numbers = None if direct else (w := net.layer("pointwise")[0]).t() @ w
+        stored = net.embedding_dim >= sites[0][2].lead
+        of_numbers = None if stored else (w := net.layer("pointwise")[0]).t() @ w
         of_kernels = {kernel: (w := net.head(kernel)[0]).t() @ w for kernel in net.heads}
         own = []
         rows: dict[str, list[tuple[Tensor, Site]]] = {}
@@ -891,7 +894,9 @@ class Separable(Family):
         return [numbers, grid.tiles - numbers]
 
     def readers(self, net: Net, block: int) -> list[nn.Module]:
-        return list(net.heads.children()) if block else [net.get_submodule("pointwise")]
+        if block:
+            return list(net.heads.children())
+        return [layer for name, layer in net.named_children() if name == "pointwise"]
 
 
 FAMILIES: dict[str, Family] = {}
@@ -991,10 +996,17 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return linear(left, right).to(dtype)
 
 
-def _direct(elements: Iterable[int]) -> int:
+def _stored_length(elements: Iterable[int]) -> int:
     """The length of embeddings with which kernels of these sizes can be any, within bounds."""
-    shortest, longest = DIRECT
-    return min(max(shortest, 2 ** (max(elements) - 1).bit_length()), longest)
+    shortest, longest = STORED
+    return min(max(shortest, 1 << (max(elements) - 1).bit_length()), longest)
+
+
+def _mostly_kernels(shapes: Mapping[tuple[int, ...], int]) -> bool:
+    """Whether kernels of several elements have nearly all weights."""
+    counts = {shape: math.prod(shape) * count for shape, count in shapes.items()}
+    deep = sum(count for shape, count in counts.items() if math.prod(shape[2:]) > 1)
+    return deep >= DEEP * sum(counts.values())
 
 
 def _laid(tiles: Tensor, rows: int, columns: int) -> Tensor:

@@ -206,6 +206,7 @@ class _Table:
         axis = config.trunk_axis
         grids = [family.grid(s, self.lead, by_kernel[kernel_name(s)], axis) for s in shapes]
         index = {head.kernel: at for at, head in enumerate(self.heads)}
+        self.shapes = shapes
         self.counts = np.array(list(shapes.values()), dtype=np.int64)
         dense = [config.networks * math.prod(shape) for shape in shapes]  # of all networks
         self.weights = np.array(dense, dtype=np.int64)
@@ -244,7 +245,7 @@ class _Table:
             outputs = [out for _, out in self.family.shared(self.lead, hidden, 1).values()]
             slope = sum(outputs) or min(head.width for head in self.heads)
             limit = budget.most_hyper(int(self.weights @ self.counts)) // slope
-            least, most = self.family.lengths(self.geometry)
+            least, most = self.family.lengths(self.geometry, self.shapes)
             longest = max(least, min(int(fill / budget.least_ratio) + 1, limit, most or limit))
             nz = np.arange(least, longest + 1, dtype=np.int64)
         shapes, heads = self.kept(hidden, nz)

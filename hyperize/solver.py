@@ -426,12 +426,15 @@ class Problem:
         the same size for all components, as they are at initialisation.
         """
         for block, part in enumerate(zip(*self.z.values(), strict=True)):
+            readers = self.family.readers(self.net, block)
+            if not readers:
+                continue
             squares = torch.stack([z.square().sum(0) for z in part]).sum(0)
             deviation = (squares / sum(len(z) for z in part)).sqrt()
             deviation = torch.where(deviation > 0, deviation, 1.0)
             for z in part:
                 z /= deviation
-            for layer in self.family.readers(self.net, block):
+            for layer in readers:
                 cast(Affine, layer).weight.mul_(deviation)
 
     # The end

@@ -72,6 +72,11 @@ MODELS = {
     "paper-axis": (Convolutions, (4, 3, 16, 16), {**TWO_LAYERS, "trunk_axis": 1}),
     "channels": (Convolutions, (4, 3, 16, 16), {"embeddings": "channel", "targets": ALL}),
     "channels-recurrent": (CRNN, (2, 1, 8, 16), {"embeddings": "channel", "targets": ALL}),
+    "separable, stored": (
+        lambda: nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 48, 3)),
+        (4, 3, 16, 16),
+        {"embeddings": "separable", "compression": 2},
+    ),
     "separable": (Convolutions, (4, 3, 16, 16), {"embeddings": "separable", "targets": ALL}),
     "channels-transposed": (
         lambda: Transposed(dims=1),
