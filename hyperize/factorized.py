@@ -192,8 +192,9 @@ def _pointwise_first(
     # (N, R * f) -> (N, f * R)
     u = form.join(form.split(form.pad(x, rows * folds), folds, turned=True), folds)
     u = form.depthwise(form.mix(u, numbers.t()), kernels)  # (f * out, R), in f groups
-    y = u.unflatten(1, (folds, out)).sum(1) if folds > 1 else u  # (N, f * out) -> (N, out)
-    return form.shifted(y, x, kernels, offset)
+    if folds > 1:
+        u = _in_format_of(u, u.unflatten(1, (folds, out)).sum(1))  # (N, f * out) -> (N, out)
+    return form.shifted(u, x, kernels, offset)
 
 
 class _Linear:

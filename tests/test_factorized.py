@@ -79,6 +79,8 @@ FORMS = {  # (parts, folds, spare channels)
     "several rows, a spare one": (1, 5, 1),
     "channels": None,
 }
+TURNS = (1, 2, 5)
+"""Kernels of each column of a separable weight; 5 of them leave spare rows."""
 
 
 def random_factors(layer, form, axis, size=7):
@@ -86,10 +88,32 @@ def random_factors(layer, form, axis, size=7):
     draw = torch.randn
     if form is None:
         return draw(shape[0], size), draw(shape[1], size), draw(*kernel, size)
-    parts, folds, _ = form
     rows, columns = shape[axis], shape[1 - axis]
+    if form in TURNS:
+        width = columns * form
+        return draw(math.ceil(rows / form), width), draw(width, *kernel), draw(())
+    parts, folds, _ = form
     outer = draw(math.ceil(rows / folds), parts, size)
     return outer, draw(folds, math.ceil(columns / parts), *kernel, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if "linear" not in name])
+def test_a_convolution_computes_what_its_separable_weight_would(name, turns, axis, dtype):
+    """In bfloat16 by another way where it has a stride."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    layer, x = make(True).requires_grad_(False), torch.randn(shape)
+    factors = random_factors(layer, turns, axis)
+    layer.weight.copy_(expand(factors, layer.weight.shape, axis))
+    wanted = layer(x)
+    got = multiply(layer.to(dtype), x.to(dtype), tuple(f.to(dtype) for f in factors), axis)
+    assert got.shape == wanted.shape
+    if got.numel():
+        tolerance = 1e-5 if dtype == torch.float32 else 0.03  # a bfloat16 has 8 bits
+        assert (got.float() - wanted).norm() <= tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -112,12 +136,12 @@ def test_a_layer_computes_what_its_weight_would(name, form, bias, axis):
     assert got.numel() == 0 or error(got, wanted) < EXACT
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", [*FORMS, *TURNS])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_channels_last_stays_channels_last(form, axis):
     layer = nn.Conv2d(24, 36, 3, padding=1)
     x = torch.randn(2, 24, 7, 6).contiguous(memory_format=torch.channels_last)
-    factors = random_factors(layer, FORMS[form], axis)
+    factors = random_factors(layer, FORMS.get(form, form), axis)
     layer.weight = nn.Parameter(expand(factors, layer.weight.shape, axis))
     y = multiply(layer, x, factors, axis)
     assert y.is_contiguous(memory_format=torch.channels_last)
