@@ -158,6 +158,24 @@ def test_a_separable_weight_is_numbers_times_kernels_of_columns(shape, axis):
         assert (values[:, 1] > 1e-3 * values[:, 0]).all()
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_kernel_of_a_separable_weight_is_told_from_its_numbers_embedding(axis):
+    """As the map of a report's page colours it."""
+    conv = nn.Conv2d(40, 70, 3)
+    options = {"embeddings": "separable", "compression": 3, "trunk_axis": axis}
+    layer = hyperize(nn.Sequential(conv), **options, seed=0)[0]
+    family, grid = layer.hypernet.family, layer.grids["weight"]
+    places = torch.tensor([(0, 0), (0, 39), (33, 7), (69, 0), (69, 39)])
+    for out, into in places:
+        z = layer.weight_embedding
+        told = family.embeddings_at(z, grid, out[None], into[None])
+        kernel = layer.weight[out, into]
+        (gradient,) = torch.autograd.grad(kernel.square().sum(), z)
+        of_numbers = gradient[: family.split(grid)[0]]
+        (reached,) = of_numbers.any(1).nonzero()
+        assert torch.equal(told, z[reached])
+
+
 def test_a_depthwise_weight_can_be_anything_though_it_has_one_column():
     model = nn.Sequential(nn.Conv2d(64, 64, 5, groups=64), nn.Conv2d(64, 64, 5))
     hyper = hyperize(model, embeddings="separable", compression=2, seed=0)

@@ -300,6 +300,27 @@ def test_separable_weights_have_embeddings_of_numbers_and_of_kernels(name, trunk
     assert count(hyperize(model, plan)) == plan.total_hyper_params
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121", "vgg16"])
+def test_separable_weights_leave_no_more_dense_than_tiles(name):
+    """Though those of one element are as large where the numbers are stored."""
+    model = meta(name)
+    plans = [make_plan(model, embeddings=e, compression=4) for e in ("separable", "tile")]
+    separable, tile = (plan.dense_params for plan in plans)
+    assert separable > 0.95 * tile
+    stored = plans[0].embedding_dim == plans[0].lead
+    assert stored == (name == "resnet18")  # the others have many weights of one element
+
+
+def test_separable_weights_have_a_largest_size():
+    model = meta("resnet18")
+    large, larger = (make_plan(model, embeddings="separable", compression=c) for c in (6, 2))
+    assert large.hyper_params == larger.hyper_params
+    assert large.embedding_dim == large.lead  # the numbers are stored
+    assert make_plan(model, embeddings="separable", compression=10).embedding_dim < 128
+    plan = make_plan(model, embeddings="separable", embedding_dim=300)
+    assert plan.embedding_dim == 300 < plan.lead
+
+
 @pytest.mark.parametrize("embeddings", ["channel", "separable"])
 def test_channels_leave_nothing_to_choose_but_their_length(embeddings):
     model = meta("resnet18")
