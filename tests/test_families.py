@@ -27,6 +27,7 @@ from hyperize.families import FAMILIES, Channels, OneLayer, TwoLayers
 from hyperize.muon import RMS
 from hyperize.parts import generated_layers
 from hyperize.products import linear
+from hyperize.solver import Problem, Target
 from hyperize.tiling import Head, kernel_name, make_grid
 
 LR = 0.02
@@ -174,6 +175,36 @@ def test_a_kernel_of_a_separable_weight_is_told_from_its_numbers_embedding(axis)
         of_numbers = gradient[: family.split(grid)[0]]
         (reached,) = of_numbers.any(1).nonzero()
         assert torch.equal(told, z[reached])
+
+
+@pytest.mark.parametrize("compression", [2, 12])
+def test_a_constant_separable_weight_learns(compression):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
+    nn.init.constant_(model[1].weight, 0.5)
+    hyper = hyperize(model, embeddings="separable", compression=compression, seed=0)
+    assert (hyper.hypernet.embedding_dim == hyper.hypernet.plan.lead) == (compression == 2)
+    assert torch.allclose(hyper[1].weight, torch.tensor(0.5))
+    hyper(torch.randn(2, 64, 6, 6)).square().sum().backward()
+    assert hyper[1].weight_embedding.grad.any()
+
+
+@pytest.mark.parametrize("compression", [2, 12])
+def test_balancing_separable_embeddings_changes_no_weight(compression):
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))
+    hyper = hyperize(model, embeddings="separable", compression=compression, seed=0)
+    layers = generated_layers(hyper)
+    targets = [
+        Target(p, layer.grids["weight"], layer.weight.detach()) for p, layer in layers.items()
+    ]
+    z = [
+        layer.weight_embedding * torch.rand(hyper.hypernet.embedding_dim)
+        for layer in layers.values()
+    ]
+    problem = Problem(hyper.hypernet, targets, z, "relative")
+    before = {at: problem.generate(at) for at in problem.z}
+    problem.balance()
+    for at, weight in before.items():
+        assert torch.allclose(problem.generate(at), weight, atol=ROUNDING)
 
 
 def test_a_depthwise_weight_can_be_anything_though_it_has_one_column():
