@@ -767,7 +767,7 @@ def test_fitting_takes_a_teacher_for_each_network(options, with_data):
     assert all(torch.equal(t, kept[key]) for key, t in hyper.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}, {"embeddings": "separable"}])
+@pytest.mark.parametrize("options", [{}, {"embeddings": "channel"}])
 def test_networks_that_such_a_generator_made_are_found_again(options):
     model, made_of, x = made("small", private="fc", **options)
     teachers = [to_dense(made_of, condition=k) for k in range(K)]
