@@ -66,9 +66,11 @@ STORED = (16, 64)
 
 Between them, they are as long as kernels are, so that these can be any.
 """
-DEEP = 0.9
-"""Share of all weights that kernels of several elements have where that is done. The others, which
-it does not make smaller, stay dense."""
+MOSTLY = 0.9
+"""Share of all weights that kernels of several elements have where numbers are stored.
+
+Weights with kernels of one element do not become smaller by that, and stay dense.
+"""
 LEADS = (64, 128, 32, 256)
 """Numbers of a tile, where they are generated, from the preferred one on."""
 EXPONENTS = sorted(range(-6, 9), key=abs)
@@ -730,6 +732,8 @@ class Channels(Family):
 class Separable(Family):
     """A kernel is the kernel of its column times a number of its own; both are generated.
 
+    Where that is small enough, the numbers are stored as they are, cut into embeddings.
+
     A convolution with such a weight is a depthwise one and a pointwise one, one after the other
     (Chollet 2017, arXiv 1610.02357). Weights with more rows than columns have several kernels for
     each column, which their rows take in turn, so that there are as many kernels as rows.
@@ -1006,7 +1010,7 @@ def _mostly_kernels(shapes: Mapping[tuple[int, ...], int]) -> bool:
     """Whether kernels of several elements have nearly all weights."""
     counts = {shape: math.prod(shape) * count for shape, count in shapes.items()}
     deep = sum(count for shape, count in counts.items() if math.prod(shape[2:]) > 1)
-    return deep >= DEEP * sum(counts.values())
+    return deep >= MOSTLY * sum(counts.values())
 
 
 def _laid(tiles: Tensor, rows: int, columns: int) -> Tensor:
