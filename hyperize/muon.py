@@ -236,7 +236,8 @@ def _by_hypernet(model: nn.Module) -> list[tuple[HyperNet, list[Generated]]]:
     for layer in generated_layers(model).values():
         found.setdefault(layer.hypernet, []).append(layer)
     for hypernet, layers in found.items():
-        params = _matrices(hypernet, _entries(layers))
+        tables = [layer.embedding(name) for layer in layers for name in layer.generated]
+        params = [*hypernet.parameters(), *tables]
         if any(type(param).__name__ == "DTensor" for param in params):
             raise ModelError(
                 "HyperMuon takes whole matrices, and those of this model are sharded (DTensors). "
