@@ -129,12 +129,13 @@ def ours(subject: Subject, classes: int, most: int, seed: int, options: Any) -> 
     return hyperize(model, **{"max_params": most, **subject.options, **options}, seed=seed)
 
 
-def channel(subject: Subject, classes: int, most: int, seed: int, options: Any) -> nn.Module:
-    return ours(subject, classes, most, seed, {"embeddings": "channel", **options})
+def embedded(embeddings: str) -> Build:
+    """Ours, with other embeddings than those of tiles."""
 
+    def build(subject: Subject, classes: int, most: int, seed: int, options: Any) -> nn.Module:
+        return ours(subject, classes, most, seed, {"embeddings": embeddings, **options})
 
-def separable(subject: Subject, classes: int, most: int, seed: int, options: Any) -> nn.Module:
-    return ours(subject, classes, most, seed, {"embeddings": "separable", **options})
+    return build
 
 
 def paper(subject: Subject, classes: int, most: int, seed: int, options: Any) -> nn.Module:
@@ -176,8 +177,8 @@ METHODS: dict[str, Method] = {
     "cp": Method(lowrank(cp), MUON),
     "paper": Method(paper, MUON),
     "tile": Method(ours, MUON),
-    "channel": Method(channel, MUON),
-    "separable": Method(separable, MUON),
+    "channel": Method(embedded("channel"), MUON),
+    "separable": Method(embedded("separable"), MUON),
 }
 FREE = ("dense", "paper")
 """Methods whose size is what it is."""

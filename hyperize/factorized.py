@@ -11,7 +11,7 @@ are computed like this, see Kim et al. 2016 (arXiv 1511.06530) and Lebedev et al
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,14 +85,7 @@ def multiply(layer: nn.Module, x: Tensor, factors: tuple[Tensor, ...], axis: int
     else:
         assert isinstance(layer, _CONVOLUTIONS)
         form = _Convolution(layer)
-    x_ready = form.prepare(x)
-    if len(factors) == 2:
-        y = (_filters_first, _mixture_first)[axis](form, x_ready, *factors)
-    elif factors[2].ndim:
-        y = _through_channels(form, x_ready, *factors)
-    else:
-        assert isinstance(form, _Convolution)
-        y = (_depthwise_first, _pointwise_first)[axis](form, x_ready, *factors)
+    y = _order(factors, axis)(form, form.prepare(x), *factors)
     return y if y.ndim == x.ndim else y.squeeze(0)
 
 
@@ -124,6 +117,15 @@ def expand(factors: tuple[Tensor, ...], shape: Sequence[int], axis: int) -> Tens
     weight = weight.reshape(rows * folds, parts * width, *sides)
     weight = weight[: shape[axis], : shape[1 - axis]]
     return weight.transpose(0, 1) if axis else weight
+
+
+def _order(factors: tuple[Tensor, ...], axis: int) -> Callable[..., Tensor]:
+    """What multiplies with factors of such a form, one after the other."""
+    if factors[-1].ndim == 0:  # the offset of a separable weight
+        return (_depthwise_first, _pointwise_first)[axis]
+    if len(factors) == 3:
+        return _through_channels
+    return (_filters_first, _mixture_first)[axis]
 
 
 def _filters_first(form: _Form, x: Tensor, outer: Tensor, inner: Tensor) -> Tensor:

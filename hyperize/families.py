@@ -800,7 +800,7 @@ class Separable(Family):
         of_numbers, of_kernels = z.split(self.split(grid))
         weight, bias = net.head(grid.kernel)
         numbers = of_numbers
-        if net.embedding_dim < grid.lead:
+        if not _is_stored(net, grid):
             numbers = linear(of_numbers, *net.layer("pointwise"))  # (tiles, lead)
         kernels = linear(of_kernels * scale, weight, bias * scale)  # (tiles, trail * k)
         return _laid(numbers, grid.rows, grid.width), _laid(kernels, grid.width, grid.elements)
@@ -821,7 +821,7 @@ class Separable(Family):
             left = torch.cat([of_kernels * scale, scale], 1)
             kernels = _product(left, with_column(*net.head(kernel)), inner)
             numbers = torch.cat(parts[::2])
-            if net.embedding_dim < grids[0].lead:
+            if not _is_stored(net, grids[0]):
                 right = with_column(*net.layer("pointwise"))
                 numbers = _product(with_ones(numbers), right, inner)
             points = numbers.to(inner).split([n for n, _ in counts])
@@ -850,7 +850,7 @@ class Separable(Family):
         self, net: Net, sites: Sequence[Site]
     ) -> tuple[list[list[Metric]], dict[str, Metric]]:
         """All columns of a weight count alike, as they nearly do in training."""
-        stored = net.embedding_dim >= sites[0][2].lead
+        stored = _is_stored(net, sites[0][2])
         of_numbers = None if stored else (w := net.layer("pointwise")[0]).t() @ w
         of_kernels = {kernel: (w := net.head(kernel)[0]).t() @ w for kernel in net.heads}
         own = []
@@ -1011,6 +1011,11 @@ def _mostly_kernels(shapes: Mapping[tuple[int, ...], int]) -> bool:
     counts = {shape: math.prod(shape) * count for shape, count in shapes.items()}
     deep = sum(count for shape, count in counts.items() if math.prod(shape[2:]) > 1)
     return deep >= MOSTLY * sum(counts.values())
+
+
+def _is_stored(net: Net, grid: Grid) -> bool:
+    """Whether a separable weight's embeddings are its pointwise numbers, which no layer makes."""
+    return net.embedding_dim >= grid.lead
 
 
 def _laid(tiles: Tensor, rows: int, columns: int) -> Tensor:

@@ -256,11 +256,10 @@ class HyperNet(nn.Module):
         with no_autocast(embedding.device.type):
             site = self._site(embedding, constants, grid)
             factors = self.family.factors(self, site)
-        if factors is None:
+        # No product, or one less what is padding
+        if factors is None or len(factors[0]) * len(factors[1]) != math.prod(grid.shape):
             return moments(self._generate(embedding, constants, grid).float())
         rows, weight, bias = (t.float() for t in factors)
-        if rows.shape[0] * weight.shape[0] != math.prod(grid.shape):  # less what is padding
-            return moments(self._generate(embedding, constants, grid).float())
         # All products of two sets of vectors, whose moments follow from those of the sets
         row = rows.mean(0)  # (d,)
         mean = row @ weight.mean(0) + bias.mean()

@@ -264,27 +264,31 @@ def test_a_plan_is_taken_in_place_of_a_request():
         hyperize(model, plan, compression=5)
 
 
+def plan_of(name, **options):
+    """A plan that meets its request, and is built to the exact count."""
+    model = meta(name)
+    plan = make_plan(model, compression=4, **options)
+    assert plan.compression >= 4
+    assert count(hyperize(model, plan)) == plan.total_hyper_params
+    return plan
+
+
 @pytest.mark.parametrize("trunk_axis", [0, 1])
 @pytest.mark.parametrize("name", MODELS)
 def test_channels_have_embeddings_along_both_axes(name, trunk_axis):
-    model = meta(name)
-    plan = make_plan(model, embeddings="channel", compression=4, trunk_axis=trunk_axis)
-    assert plan.compression >= 4
+    plan = plan_of(name, embeddings="channel", trunk_axis=trunk_axis)
     nz = plan.embedding_dim
     for planned in plan.sites:
         out, columns = planned.site.shape[:2]
         assert planned.hyper_params == (out + columns) * nz < planned.site.dense_params
     heads = sum(head.kernel_elements * (nz + 1) for head in plan.heads)
     assert plan.hyper_params == sum(p.hyper_params for p in plan.sites) + heads
-    assert count(hyperize(model, plan)) == plan.total_hyper_params
 
 
 @pytest.mark.parametrize("trunk_axis", [0, 1])
 @pytest.mark.parametrize("name", MODELS)
 def test_separable_weights_have_embeddings_of_numbers_and_of_kernels(name, trunk_axis):
-    model = meta(name)
-    plan = make_plan(model, embeddings="separable", compression=4, trunk_axis=trunk_axis)
-    assert plan.compression >= 4
+    plan = plan_of(name, embeddings="separable", trunk_axis=trunk_axis)
     nz = plan.embedding_dim
     assert nz <= plan.lead  # a longer one would add nothing
     trails = {head.kernel: head.trail for head in plan.heads}
@@ -297,7 +301,6 @@ def test_separable_weights_have_embeddings_of_numbers_and_of_kernels(name, trunk
         assert planned.hyper_params == tiles * nz < planned.site.dense_params
     shared = sum(head.width for head in plan.heads) + (plan.lead if nz < plan.lead else 0)
     assert plan.hyper_params == sum(p.hyper_params for p in plan.sites) + shared * (nz + 1)
-    assert count(hyperize(model, plan)) == plan.total_hyper_params
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "densenet121", "vgg16"])
