@@ -85,7 +85,7 @@ class Overrides(TypedDict, total=False):
     targets: str | type[nn.Module] | Sequence[str | type[nn.Module]]
     include: str | Sequence[str]
     exclude: str | Sequence[str]
-    embeddings: str
+    embeddings: str | None
     embedding_dim: int | None
     hidden_dim: int | None
     tile: Sequence[int] | Mapping[str, Sequence[int]] | None
@@ -123,7 +123,9 @@ class HyperConfig:
             number of its own, so that a convolution is a depthwise and a pointwise one (Chollet
             2017, arXiv 1610.02357); tiles of numbers and tiles of kernels have embeddings. It has
             no hidden layer and no choice of tiles either, and 3x3 kernels have an eighth of their
-            numbers at most, however little compression is asked for.
+            numbers at most, however little compression is asked for. `None` lets the planner
+            choose between "separable" and "tile", by how well networks learn from scratch: see
+            `hyperize.families.Separable`.
         embedding_dim: Length Nz of every tile's embedding; `None` lets the planner take the
             largest that meets the request.
         hidden_dim: Length d of the hypernetwork's hidden layer. 0 is for none: a tile is a linear
@@ -173,7 +175,7 @@ class HyperConfig:
     targets: tuple[str, ...] = ("conv2d", "lstm")
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    embeddings: str = "tile"
+    embeddings: str | None = None
     embedding_dim: int | None = None
     hidden_dim: int | None = None
     tile: Tile | tuple[tuple[str, Tile], ...] | Mapping[str, Tile] | None = None
@@ -244,9 +246,11 @@ class HyperConfig:
                 "tile: the trunk is shared by all kernel sizes, so every tile needs the same "
                 f"number of channels along trunk_axis={self.trunk_axis}, got {self.tile!r}."
             )
-        if not isinstance(self.embeddings, str) or self.embeddings not in EMBEDDINGS:
-            names = " or ".join(f'"{name}"' for name in sorted(EMBEDDINGS, reverse=True))
-            raise ConfigError(f"embeddings must be {names}, got {self.embeddings!r}.")
+        if self.embeddings is not None and (
+            not isinstance(self.embeddings, str) or self.embeddings not in EMBEDDINGS
+        ):
+            names = ", ".join(f'"{name}"' for name in sorted(EMBEDDINGS, reverse=True))
+            raise ConfigError(f"embeddings must be {names} or None, got {self.embeddings!r}.")
         if self.embeddings in ("channel", "separable") and (hidden or self.tile is not None):
             raise ConfigError(
                 f'embeddings="{self.embeddings}" has no hidden layer and no tiles to choose, got '

@@ -269,7 +269,8 @@ def fit_plan(
     Args:
         teacher: A dense model with trained weights; not changed.
         config: The request; the default one if `None`. It leaves `tile` and `hidden_dim` to the
-            planner; generators without a hidden layer are compared.
+            planner; generators without a hidden layer are compared. Its `embeddings`, if `None`,
+            are "tile".
         data: As in `fit_`.
         progress: As in `fit_`.
         **overrides: Fields of `HyperConfig` that replace the config's.
@@ -283,6 +284,8 @@ def fit_plan(
         BudgetError: As in `make_plan`.
     """
     config = requested(config, overrides)
+    if config.embeddings is None:
+        config = config.replace(embeddings="tile")
     found, name = find_sites(teacher, config), name_of(teacher)
     base = plan_sites(found, config, name)
     if base.config.tile is not None or base.config.hidden_dim:

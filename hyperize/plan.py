@@ -258,7 +258,7 @@ class Plan(Printed):
                 yield "head", f"{size}, {h.width * (d + 1):,} parameters, {made}"
             sets = f"{self.config.rows} x " if self.config.rows > 1 else ""
             size = f"{sets}{self.tiles:,} embeddings of {nz}"
-            yield self.config.embeddings, f"{size}, {self.embedding_params:,} parameters"
+            yield self.family.embeddings, f"{size}, {self.embedding_params:,} parameters"
         if self.config.conditions:
             yield (
                 "further",

@@ -118,6 +118,16 @@ class _Budget:
             return np.asarray(rest + hyper <= self.max_params)
         return np.asarray(dense >= (self.compression or 0) * hyper) & (dense > 0)
 
+    def is_used(self, choice: _Choice) -> bool:
+        """Whether a choice takes the share of what is allowed that its family has to."""
+        share = choice.family.share
+        if not share:
+            return True
+        allowed = choice.dense / self.least_ratio
+        if self.max_params is not None:
+            allowed = self.max_params - self.total_params + choice.dense / self.networks
+        return choice.met and choice.hyper >= share * allowed
+
     def distance(self, choice: _Choice) -> float:
         """Grows as a choice gets further from the request."""
         if self.max_params is None:
@@ -142,7 +152,7 @@ def _search(shapes: Mapping[tuple[int, ...], int], found: Found, config: HyperCo
             continue
         for geometry in dict.fromkeys(family.geometries(shapes, config)):
             choice = _size(family, geometry, shapes, config, budget)
-            if choice is None:
+            if choice is None or not (config.embeddings or budget.is_used(choice)):
                 continue
             (met if choice.met else missed).append(choice)
             if choice.met and (config.embedding_dim or choice.embedding_dim >= FEW):

@@ -166,12 +166,13 @@ class Problem:
             self.alternate(_APPROACH, 1e-3)
         self.moments, self.factor = informed
 
-    def decompose(self, rows: dict[int, Tensor], weight: Tensor) -> Tensor:
+    def decompose(self, rows: dict[int, Tensor], weight: Tensor, block: int = 0) -> Tensor:
         """Sets a layer's weight and the embeddings by principal components.
 
         Args:
             rows: What the layer shall make of each site's embeddings, (tiles, features) or fewer.
             weight: The layer's weight, (features, Nz); written.
+            block: Which embeddings of each site, as the family's `split` numbers them.
 
         Returns:
             The layer's bias, (features,).
@@ -194,8 +195,8 @@ class Problem:
         weight[:, :rank] = vectors * deviations
         for at, x in rows.items():
             used = x.shape[1]
-            self.z[at][0].zero_()
-            self.z[at][0][:, :rank] = (x - mean[:used]) @ vectors[:used] / deviations
+            z = self.z[at][block].zero_()
+            z[:, :rank] = (x - mean[:used]) @ vectors[:used] / deviations
         return mean
 
     def pull(self, at: int) -> float:
