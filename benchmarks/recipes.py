@@ -130,7 +130,7 @@ def ours(subject: Subject, classes: int, most: int, seed: int, options: Any) -> 
 
 
 def embedded(embeddings: str) -> Build:
-    """Ours, with other embeddings than those of tiles."""
+    """Ours, with embeddings of a kind."""
 
     def build(subject: Subject, classes: int, most: int, seed: int, options: Any) -> nn.Module:
         return ours(subject, classes, most, seed, {"embeddings": embeddings, **options})
@@ -176,7 +176,8 @@ METHODS: dict[str, Method] = {
     "tucker": Method(lowrank(tucker), MUON),
     "cp": Method(lowrank(cp), MUON),
     "paper": Method(paper, MUON),
-    "tile": Method(ours, MUON),
+    "default": Method(ours, MUON),
+    "tile": Method(embedded("tile"), MUON),
     "channel": Method(embedded("channel"), MUON),
     "separable": Method(embedded("separable"), MUON),
 }

@@ -923,7 +923,8 @@ class Separable(Family):
             if members:
                 bias.copy_(problem.decompose(kernels, weight, 1))
             for at, of_column in columns.items():
-                made = _laid(linear(problem.z[at][1], weight, bias), *of_column.shape[::2])  # (w, k)
+                made = linear(problem.z[at][1], weight, bias)  # (tiles, trail * k)
+                made = _laid(made, *of_column.shape[::2])  # (w, k)
                 squares = made.square().sum(1).clamp_min(torch.finfo(made.dtype).tiny)
                 numbers = (of_column @ made[..., None]).squeeze(2) / squares[:, None]  # (w, R)
                 z = problem.z[at][0].zero_()

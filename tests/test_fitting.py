@@ -1190,6 +1190,30 @@ def test_planning_by_weights_finds_the_tile_that_they_were_made_of():
     assert fit_(hyperize(teacher, plan), teacher).error < PLANTED
 
 
+@pytest.mark.parametrize("trunk_axis", [0, 1])
+def test_separable_weights_are_found_at_once_in_weights_that_are_such(trunk_axis):
+    generator = torch.Generator().manual_seed(0)
+    teacher = nn.Sequential(nn.Conv2d(32, 24, 3), nn.Conv2d(24, 48, 3), nn.Conv2d(48, 32, 3))
+    basis = torch.randn(4, 9, generator=generator)
+    basis -= basis.mean(1, keepdim=True)  # so that all that the offset has to be is the 0.1
+    for conv in teacher:
+        rows, columns = conv.weight.transpose(0, trunk_axis).shape[:2]
+        folds = math.ceil(rows / columns)
+        numbers = torch.randn(math.ceil(rows / folds), columns * folds, 1, generator=generator)
+        kernels = torch.randn(columns * folds, 4, generator=generator) @ basis
+        weight = (numbers * kernels).view(rows, columns, 3, 3) + 0.1
+        conv.weight.data = weight.transpose(0, trunk_axis).contiguous()
+    hyper = hyperize(teacher, embeddings="separable", compression=4, trunk_axis=trunk_axis)
+    assert hyper.hypernet.plan.embedding_dim == hyper.hypernet.plan.lead  # numbers are stored
+    assert fit_(hyper, teacher, sweeps=1).error < PLANTED
+
+
+def test_tiles_are_planned_where_no_embeddings_are_named():
+    teacher = nn.Sequential(*(nn.Conv2d(32, 32, 3) for _ in range(4)))
+    assert make_plan(teacher, compression=6).family.embeddings == "separable"
+    assert fit_plan(teacher, compression=6).family.embeddings == "tile"
+
+
 @pytest.mark.parametrize("options", [{"tile": (1, 8)}, {"hidden_dim": 16}])
 def test_what_planning_by_weights_chooses_cannot_be_given(options):
     with pytest.raises(ConfigError, match=next(iter(options))):

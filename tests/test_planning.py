@@ -326,6 +326,48 @@ def test_separable_weights_have_a_largest_size():
     assert plan.embedding_dim == 300 < plan.lead
 
 
+@pytest.mark.parametrize("request_by", ["compression", "max_params"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet34"])
+def test_the_planner_takes_separable_weights_that_use_two_thirds_of_the_request(name, request_by):
+    """In networks of 3x3 kernels, where their numbers are stored; tiles for any other request."""
+    model = meta(name)
+    stored = make_plan(model, embeddings="separable", compression=2)
+    kept = stored.total_params - stored.dense_params
+    for allowed, embeddings in [(0.99, "tile"), (1.01, "separable"), (1.49, "separable")]:
+        most = int(allowed * stored.hyper_params)
+        limit = {"compression": stored.dense_params / most, "max_params": kept + most}
+        plan = make_plan(model, **{request_by: limit[request_by]})
+        assert plan.family.embeddings == embeddings, allowed
+        if embeddings == "separable":
+            assert plan.hyper_params == stored.hyper_params
+    assert make_plan(model, compression=stored.compression / 1.51).family.embeddings == "tile"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"embeddings": "tile"},
+        {"tile": (1, 64)},
+        {"hidden_dim": 0},
+        {"embedding_dim": 64, "compression": 2},
+        {"conditions": 2},
+        {"condition_dim": 2},
+        {"compression": 10},
+    ],
+    ids=str,
+)
+def test_the_planner_takes_tiles_where_the_request_is_for_them(options):
+    assert make_plan(meta("resnet18"), compression=8).family.embeddings == "separable"
+    plan = make_plan(meta("resnet18"), **{"compression": 8, **options})
+    assert plan.family.embeddings == "tile"
+
+
+@pytest.mark.parametrize("name", ["resnet50", "convnext_atto", "vgg11", "densenet121"])
+def test_the_planner_takes_tiles_where_other_kernels_than_3x3_have_many_weights(name):
+    model = meta(name)
+    assert all(make_plan(model, compression=c).family.embeddings == "tile" for c in range(2, 12))
+
+
 @pytest.mark.parametrize("embeddings", ["channel", "separable"])
 def test_channels_leave_nothing_to_choose_but_their_length(embeddings):
     model = meta("resnet18")
