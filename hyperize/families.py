@@ -827,11 +827,12 @@ class Separable(Family):
         return _laid(numbers, grid.rows, grid.width), _laid(kernels, grid.width, grid.elements)
 
     def together(self, net: Net, sites: Sequence[Site], dtype: torch.dtype) -> list[Tensor]:
-        """Two products for each head, of the embeddings of all of its weights."""
+        """Two products for each head, and one of numbers and kernels for weights of each size."""
         weights: dict[int, Tensor] = {}
         # Sums over many tiles would overflow a float16 in the backward pass
         inner = dtype if dtype == torch.bfloat16 else sites[0][0].dtype
-        for kernel, members in _by_kernel(sites).items():
+        for kernel, unsorted in _by_kernel(sites).items():
+            members = sorted(unsorted, key=lambda at: _size(sites[at][2]))
             z, constants, grids = zip(*(sites[at] for at in members), strict=True)
             stack = Stack(grids)
             counts = [self.split(grid) for grid in grids]
@@ -845,13 +846,21 @@ class Separable(Family):
             if not _is_stored(net, grids[0]):
                 right = with_column(*net.layer("pointwise"))
                 numbers = _product(with_ones(numbers), right, inner)
-            points = numbers.to(inner).split([n for n, _ in counts])
-            depths = kernels.split([n for _, n in counts])
-            for number, (at, grid) in enumerate(zip(members, grids, strict=True)):
-                point = _laid(points[number], grid.rows, grid.width)
-                depth = _laid(depths[number], grid.width, grid.elements)
-                weight = _separated(point, depth, constants[number][1].to(inner), grid)
-                weights[at] = stack.mark(number, weight.to(dtype))
+            offsets = torch.stack(constants)[:, 1].to(inner)
+            alike = Counter(map(_size, grids))  # n weights of each size, as they follow each other
+            tiles = dict(zip(map(_size, grids), counts, strict=True))
+            divided = [[n * tiles[size][part] for size, n in alike.items()] for part in (0, 1)]
+            of_sizes = zip(
+                numbers.to(inner).split(divided[0]), kernels.split(divided[1]), strict=True
+            )
+            before = 0
+            for ((r, w, k), n), (point, depth) in zip(alike.items(), of_sizes, strict=True):
+                points, depths = _laid(point, n, r, w), _laid(depth, n, w, k)
+                made = _Products.apply(offsets[before : before + n], points, depths)
+                made = made.to(dtype).flatten(2)  # (n, r, w, k) -> (n, r, w * k)
+                for number, rows in enumerate(made.unbind(), before):
+                    weights[members[number]] = stack.mark(number, grids[number].join(rows))
+                before += n
         return [weights[at] for at in range(len(sites))]
 
     def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
@@ -1068,9 +1077,36 @@ def _is_stored(net: Net, grid: Grid) -> bool:
     return net.embedding_dim >= grid.lead
 
 
-def _laid(tiles: Tensor, rows: int, columns: int) -> Tensor:
-    """Tiles as a matrix: (any, n) -> (rows, columns), the first numbers of them."""
-    return first(tiles.view(-1), rows * columns).view(rows, columns)
+def _laid(tiles: Tensor, *shape: int) -> Tensor:
+    """Tiles as a matrix (rows, columns), or as n of them, each the first numbers of its tiles."""
+    flat, numbers = tiles.view(*shape[:-2], -1), math.prod(shape[-2:])
+    return (flat if flat.shape[-1] == numbers else flat[..., :numbers]).reshape(shape)
+
+
+def _size(grid: Grid) -> tuple[int, int, int]:
+    """Rows, columns and elements of a separable weight."""
+    return grid.rows, grid.width, grid.elements
+
+
+class _Products(torch.autograd.Function):
+    """Several weights of one size, of their offsets, (n,), numbers, (n, r, w), and kernels.
+
+    Its backward pass has three products, where torch's own would have six.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, offsets: Tensor, numbers: Tensor, kernels: Tensor) -> Tensor:
+        ctx.save_for_backward(numbers, kernels)
+        offsets = offsets[:, None, None, None]
+        return torch.addcmul(offsets, numbers[..., None], kernels[:, None])  # (n, r, w, k)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+        numbers, kernels = ctx.saved_tensors
+        of_columns = gradient.transpose(1, 2).contiguous()  # (n, w, r, k)
+        to_numbers = of_columns @ kernels[..., None]  # (n, w, r, 1)
+        to_kernels = numbers.mT[:, :, None] @ of_columns  # (n, w, 1, k)
+        return None, to_numbers.squeeze(3).mT, to_kernels.squeeze(2)
 
 
 def _separated(numbers: Tensor, kernels: Tensor, offset: Tensor, grid: Grid) -> Tensor:
