@@ -74,7 +74,7 @@ Weights with kernels of one element do not become smaller by that, and stay dens
 LEARNED = "3x3"
 """The kernel size for which separable weights have been found to learn better than tiles."""
 POWERS = 30
-"""Products by which a fit finds the kernel that is nearest to those of a column."""
+"""Steps of the power iteration by which a fit finds the kernel that serves a column best."""
 LEADS = (64, 128, 32, 256)
 """Numbers of a tile, where they are generated, from the preferred one on."""
 EXPONENTS = sorted(range(-6, 9), key=abs)
@@ -913,7 +913,7 @@ class Separable(Family):
         return own, shared
 
     def start(self, problem: Any) -> None:
-        """By the nearest products of numbers and kernels, if these are stored; else at random."""
+        """By the nearest products of numbers and kernels, if numbers are stored; else at random."""
         if not _is_stored(problem.net, problem.grids[0]):
             problem.randomise()
             return
@@ -1116,21 +1116,20 @@ def _separated(numbers: Tensor, kernels: Tensor, offset: Tensor, grid: Grid) -> 
 
 
 def _principal(matrices: Tensor) -> Tensor:
-    """The first principal component of matrices' rows, scaled by its deviation.
+    """The first principal components of matrices' rows, scaled by their deviations.
 
     Args:
         matrices: (w, R, k).
 
     Returns:
-        (w, k), with a positive sum each, so that kernels that differ in the sign only are alike.
+        (w, k).
     """
     largest = matrices.square().sum(2).argmax(1)
     d = matrices[torch.arange(len(matrices), device=matrices.device), largest][..., None]
     for _ in range(POWERS):
-        d = F.normalize(matrices.mT @ (matrices @ d), dim=1)
-    deviation = (matrices @ d).square().mean(1).sqrt()  # (w, 1)
-    d = d.squeeze(2) * deviation
-    return torch.where(d.sum(1, keepdim=True) < 0, -d, d)
+        d = F.normalize(matrices.mT @ (matrices @ d), dim=1)  # (w, k, 1)
+    deviations = (matrices @ d).square().mean(1)  # (w, R, 1) -> (w, 1)
+    return d.squeeze(2) * deviations.sqrt()
 
 
 def _used(net: Net, grid: Grid) -> tuple[Tensor, Tensor]:

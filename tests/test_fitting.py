@@ -1190,22 +1190,25 @@ def test_planning_by_weights_finds_the_tile_that_they_were_made_of():
     assert fit_(hyperize(teacher, plan), teacher).error < PLANTED
 
 
+@pytest.mark.parametrize("noise", [0, 0.3])
 @pytest.mark.parametrize("trunk_axis", [0, 1])
-def test_separable_weights_are_found_at_once_in_weights_that_are_such(trunk_axis):
+def test_separable_weights_are_found_at_once_in_weights_that_are_nearly_such(trunk_axis, noise):
     generator = torch.Generator().manual_seed(0)
     teacher = nn.Sequential(nn.Conv2d(32, 24, 3), nn.Conv2d(24, 48, 3), nn.Conv2d(48, 32, 3))
     basis = torch.randn(4, 9, generator=generator)
-    basis -= basis.mean(1, keepdim=True)  # so that all that the offset has to be is the 0.1
     for conv in teacher:
         rows, columns = conv.weight.transpose(0, trunk_axis).shape[:2]
         folds = math.ceil(rows / columns)
         numbers = torch.randn(math.ceil(rows / folds), columns * folds, 1, generator=generator)
         kernels = torch.randn(columns * folds, 4, generator=generator) @ basis
-        weight = (numbers * kernels).view(rows, columns, 3, 3) + 0.1
-        conv.weight.data = weight.transpose(0, trunk_axis).contiguous()
+        weight = numbers * kernels
+        weight += noise * weight.std() * torch.randn(weight.shape, generator=generator)
+        weight -= weight.mean()  # the offset, which a product would have to make up for
+        conv.weight.data = weight.view(rows, columns, 3, 3).transpose(0, trunk_axis).contiguous()
     hyper = hyperize(teacher, embeddings="separable", compression=4, trunk_axis=trunk_axis)
     assert hyper.hypernet.plan.embedding_dim == hyper.hypernet.plan.lead  # numbers are stored
-    assert fit_(hyper, teacher, sweeps=1).error < PLANTED
+    history = fit_(hyper, teacher, sweeps=20, tolerance=0).history
+    assert history[0] <= history[-1] * (1 + OPTIMAL) + PLANTED**2
 
 
 def test_tiles_are_planned_where_no_embeddings_are_named():

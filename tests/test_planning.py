@@ -349,7 +349,7 @@ def test_the_planner_takes_separable_weights_that_use_two_thirds_of_the_request(
         {"embeddings": "tile"},
         {"tile": (1, 64)},
         {"hidden_dim": 0},
-        {"embedding_dim": 64, "compression": 2},
+        {"embedding_dim": 64},
         {"conditions": 2},
         {"condition_dim": 2},
         {"compression": 10},
