@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     )
     from hyperize.distributed import shard
     from hyperize.dynamic import HyperLSTM, HyperLSTMCell, HyperRNN, HyperRNNCell
-    from hyperize.families import Family, register_family
+    from hyperize.families import register_family
+    from hyperize.family import Family
     from hyperize.files import FileReport, load, save
     from hyperize.fitting import FitReport, SiteFit, fit_, fit_plan
     from hyperize.folders import from_pretrained, load_timm, save_pretrained
@@ -94,6 +95,7 @@ if not TYPE_CHECKING:
         "distributed",
         "dynamic",
         "families",
+        "family",
         "files",
         "fitting",
         "folders",

@@ -125,7 +125,7 @@ class HyperConfig:
             no hidden layer and no choice of tiles either, and 3x3 kernels have an eighth of their
             numbers at most, however little compression is asked for. `None` lets the planner
             choose between "separable" and "tile", by how well networks learn from scratch: see
-            `hyperize.families.Separable`.
+            `hyperize.separable.Separable`.
         embedding_dim: Length Nz of every tile's embedding; `None` lets the planner take the
             largest that meets the request.
         hidden_dim: Length d of the hypernetwork's hidden layer. 0 is for none: a tile is a linear

@@ -28,7 +28,7 @@ from hyperize.caching import like_a_parameter
 from hyperize.conditions import conditions_for
 from hyperize.config import ConfigError, did_you_mean
 from hyperize.factorized import expand
-from hyperize.families import Site
+from hyperize.family import Site
 from hyperize.plan import Plan
 from hyperize.tiling import Grid
 

@@ -9,7 +9,7 @@ Embeddings Z with gradient G, which a head W makes the weight s Z W^T of, change
     lr * c * orthogonal(G A^-1/2) A^-1/2,    A = s^2 W^T W,    orthogonal(X) = (X X^T)^-1/2 X
 
 with Muon's factor c for the weight's sides. The same holds for the head, with the mean of A over
-its weights, and for each other factor of a family, see `hyperize.families.Metric`. One learning
+its weights, and for each other factor of a family, see `hyperize.family.Metric`. One learning
 rate then suits embeddings, generator and dense weights, whatever their scale and number. For a
 low-rank matrix of its own this is the rule of LoRA-Muon (arXiv 2606.12921).
 """
@@ -27,7 +27,7 @@ from timm.optim import Muon
 from torch import Tensor, nn
 
 from hyperize.config import ModelError
-from hyperize.families import Metric, Site, widened
+from hyperize.family import Metric, Site, widened
 from hyperize.hypernet import HyperNet, no_autocast
 from hyperize.layers import Generated
 from hyperize.parts import generated_layers

@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hyperize.config import ConfigError, HyperConfig, Tile
-from hyperize.families import FAMILIES, Family
+from hyperize.families import FAMILIES
+from hyperize.family import Family
 from hyperize.sites import DynamicSite, PrivateSite, Site, Skip, Untargeted
 from hyperize.tables import Printed, notebook
 from hyperize.tiling import Grid, Head

@@ -16,7 +16,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from hyperize.config import BudgetError, ConfigError, HyperConfig, Overrides
-from hyperize.families import FAMILIES, Family, Geometry
+from hyperize.families import FAMILIES
+from hyperize.family import Family, Geometry
 from hyperize.plan import Plan, PlannedSite
 from hyperize.sites import Found, Site, Skip, find_sites, name_of
 from hyperize.tiling import kernel_name

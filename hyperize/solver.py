@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from hyperize.cp import OutputFit
-from hyperize.families import eigh
+from hyperize.family import eigh
 from hyperize.hypernet import Affine, HyperNet
 from hyperize.moments import Moments
 from hyperize.products import dot

@@ -26,7 +26,7 @@ ORDER = [
         "moments",
         "cp",
     ),
-    *("families", "reading", "conditions"),
+    *("family", "tiles", "channels", "separable", "families", "reading", "conditions"),
     "caching",
     *(
         "layers",

@@ -22,12 +22,14 @@ from hyperize import (
     save,
     to_dense,
 )
+from hyperize.channels import Channels
 from hyperize.config import EMBEDDINGS
-from hyperize.families import FAMILIES, Channels, OneLayer, TwoLayers
+from hyperize.families import FAMILIES
 from hyperize.muon import RMS
 from hyperize.parts import generated_layers
 from hyperize.products import linear
 from hyperize.solver import Problem, Target
+from hyperize.tiles import OneLayer, TwoLayers
 from hyperize.tiling import Head, kernel_name, make_grid
 
 LR = 0.02

@@ -28,9 +28,10 @@ from hyperize import (
     param_groups,
     to_dense,
 )
-from hyperize.families import FAMILIES, OneLayer
+from hyperize.families import FAMILIES
 from hyperize.muon import DAMPING, RMS, inverse_root, orthogonal
 from hyperize.parts import generated_layers
+from hyperize.tiles import OneLayer
 
 LR = 0.02
 SINGULAR = (0.6, 1.3)
