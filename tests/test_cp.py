@@ -8,8 +8,8 @@ from models import CRNN, Convolutions, Transposed, randomise
 from torch import nn
 
 from hyperize import (
+    channels,
     cp,
-    families,
     fit_,
     fit_plan,
     fitting,
@@ -126,7 +126,7 @@ def test_a_sweep_that_went_too_far_is_taken_back(monkeypatch):
 def test_a_weight_of_few_enough_terms_is_found(monkeypatch):
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(24, 32, 3))
-    for module in (cp, families):
+    for module in (cp, channels):
         monkeypatch.setattr(module, "NOISE", 0.0)
     hyper = hyperize(dense, compression=4, embeddings="channel", seed=0)
     rank = hyper.hypernet.embedding_dim // 4
@@ -177,7 +177,7 @@ def test_what_is_fitted_bears_rounding(monkeypatch):
         return float(torch.stack(off).norm() / norm), report.error
 
     off, error = rounded()
-    for module in (cp, families):
+    for module in (cp, channels):
         monkeypatch.setattr(module, "NOISE", 0.0)
     without, least = rounded()
     assert off < 0.1
