@@ -552,11 +552,12 @@ def test_copies_have_everything(again, tmp_path):
 def test_the_model_can_go(tmp_path):
     hyper = trained(hyperize(Stage(), compression=4))
     result = report(hyper)
+    sites = len(result.sites)
     gone = weakref.ref(hyper), weakref.ref(hyper.conv1), weakref.ref(hyper.hypernet)
     del hyper
     gc.collect()
     assert [reference() for reference in gone] == [None] * 3
-    assert html_of(result, tmp_path).count('alt="generated, ') == 3
+    assert html_of(result, tmp_path).count('alt="generated, ') == sites > 1
 
 
 def test_pictures_are_of_when_the_report_was_made(tmp_path):
@@ -593,7 +594,7 @@ def test_errors_are_those_of_the_fit(tmp_path):
 def test_a_teacher_is_drawn_beside_with_the_difference(tmp_path):
     result = case("fitted")
     page = html_of(result, tmp_path)
-    assert page.count('alt="teacher, ') == page.count('alt="difference, ') == 3
+    assert page.count('alt="teacher, ') == page.count('alt="difference, ') == len(result.sites) > 1
     for kernels in result.snapshot.kernels:
         peak = peak_of(kernels.wanted)
         for values in (kernels.wanted, kernels.values, kernels.values - kernels.wanted):
