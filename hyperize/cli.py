@@ -237,7 +237,7 @@ def _parser() -> _Parser:
     group.add_argument(
         "--embeddings",
         choices=("tile", "channel", "separable"),
-        help="what has an embedding of its own; default: tile, of fit: channel",
+        help="what has an embedding of its own; of fit: channel; else what suits the model",
     )
     group.add_argument(
         "--recompute",

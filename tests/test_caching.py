@@ -766,6 +766,7 @@ class _Count(TorchDispatchMode):
         ("convnext_tiny", 64, {"targets": ("conv2d", "linear")}, 1.5),
         ("vit_small_patch16_224", 224, {"targets": ("conv2d", "linear")}, 0.7),
         ("mobilenetv3_large_100", 64, {}, 1.5),
+        ("resnet34", 64, {"compression": 8}, 3),  # separable weights
     ],
 )
 def test_operations_beyond_the_dense_models(name, size, options, most):
