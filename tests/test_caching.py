@@ -742,6 +742,7 @@ def test_a_changed_bias_is_seen_in_a_block(accelerated):
 _VIEWS = {
     *("view", "t", "transpose", "permute", "slice", "select", "expand", "detach", "unsqueeze"),
     *("squeeze", "alias", "as_strided", "split", "_unsafe_view", "reshape", "_reshape_alias"),
+    "unbind",
 }
 
 
