@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 from hyperize.conditions import top_hooks
 from hyperize.products import is_transformed
+from hyperize.tensors import CHANNELS_LAST, is_sharded
 from hyperize.tiling import Grid
 
 __all__: list[str] = []
@@ -35,7 +36,6 @@ TOGETHER = 2**25
 The gradients of weights that were made together are kept until the last of them is there. Several
 products let the memory of the one be used for the next.
 """
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 TAKES_HOOKS = top_hooks is not None
 """Whether this torch exports models with hooks; those that hide the hooks on tensors do not."""
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
@@ -252,7 +252,7 @@ class _Made:
     def read(self, layer: Layer, name: str, x: Any) -> Tensor:
         """A weight, in the memory format of the layer's input."""
         weight = self._weights[layer, name]
-        last = _CHANNELS_LAST.get(weight.ndim)
+        last = CHANNELS_LAST.get(weight.ndim)
         if last is None or not isinstance(x, Tensor) or x.ndim != weight.ndim:
             return weight
         wanted = x.is_contiguous(memory_format=last) and not x.is_contiguous()
@@ -345,7 +345,7 @@ def _alike(member: _Member, z: Tensor) -> bool:
     return (
         other is not None
         and type(other) is type(z)
-        and type(other).__name__ != "DTensor"
+        and not is_sharded(other)
         and other.shape == (*z.shape[:-2], layer.grids[name].tiles, z.shape[-1])
         and other.device == z.device
         and other.dtype == z.dtype

@@ -18,6 +18,7 @@ from hyperize.hypernet import HyperNet
 from hyperize.layers import HYPERNET, Generated
 from hyperize.parts import find_groups
 from hyperize.sites import M
+from hyperize.tensors import is_sharded
 
 __all__ = ["shard"]
 
@@ -95,7 +96,7 @@ def _elements(module: nn.Module) -> Iterator[nn.Module]:
 def _check_params(hyper: nn.Module, ignored: Iterable[Tensor]) -> None:
     skipped = {id(param) for param in ignored}
     params = {name: p for name, p in hyper.named_parameters() if id(p) not in skipped}
-    if sharded := [name for name, p in params.items() if type(p).__name__ == "DTensor"]:
+    if sharded := [name for name, p in params.items() if is_sharded(p)]:
         raise ModelError(
             f"the model is sharded already: {sharded[0]} is a DTensor. Call shard once, on the "
             "model that hyperize() returned, with the blocks that are to be groups of their own."

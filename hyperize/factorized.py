@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hyperize.tensors import CHANNELS_LAST
+
 __all__: list[str] = []
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 LARGE = 2**22
@@ -315,7 +316,7 @@ _Form = _Linear | _Convolution
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """`y` in the memory format of `x`. Rearranging channels does not keep channels_last."""
-    last = _CHANNELS_LAST.get(x.ndim)
+    last = CHANNELS_LAST.get(x.ndim)
     if last and not x.is_contiguous() and x.is_contiguous(memory_format=last):
         return y.contiguous(memory_format=last)
     return y

@@ -28,12 +28,11 @@ from hyperize.layers import CONSTANTS, HYPERNET
 from hyperize.networks import at_condition
 from hyperize.parts import find_groups, generated_layers, tables
 from hyperize.plan import Plan
-from hyperize.reporting import version_of
 from hyperize.rewrite import apply_plans, to_dense
 from hyperize.rounding import decode, encode, is_matrix, merged, pack, rows_of, unpack
 from hyperize.sites import M, structural_copy
 from hyperize.timm_models import describe
-from hyperize.writing import check_target, replacing
+from hyperize.writing import check_target, made_with, replacing
 
 __all__ = ["FileReport", "load", "read_header", "save", "write_dense"]
 
@@ -143,7 +142,7 @@ def write(
         values = stored
     header = {
         "format": IN_BITS if bits else FORMAT,
-        "versions": {name: version_of(name) for name in ("hyperize", "torch", "timm")},
+        "versions": made_with(),
         "plans": [plan.to_dict() for plan in plans],
         "dtypes": dtypes,
         "timm": timm_config,

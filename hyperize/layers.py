@@ -32,6 +32,7 @@ from hyperize.conditions import samplewise
 from hyperize.config import KINDS, ConditionError, ConfigError, ModelError, WeightError
 from hyperize.factorized import Factoring, multiply
 from hyperize.reading import guarded
+from hyperize.tensors import is_sharded
 from hyperize.tiling import Grid
 
 __all__ = ["LayerSpec", "register_layer"]
@@ -334,7 +335,7 @@ class Generated(nn.Module):
         present = self._parameters.get(name)
         if param is None or present is None or param.shape != present.shape:
             raise _assignment_error(name)
-        if type(param).__name__ == "DTensor":  # FSDP2 shards it: the hypernetwork must not stay
+        if is_sharded(param):  # FSDP2 shards it: the hypernetwork must not stay
             self.__dict__.setdefault("_unsharded", list(self.hypernet.parameters()))
         self._parameters[name] = param
 

@@ -31,6 +31,7 @@ from hyperize.family import Metric, Site, widened
 from hyperize.hypernet import HyperNet, no_autocast
 from hyperize.layers import Generated
 from hyperize.parts import generated_layers
+from hyperize.tensors import is_sharded
 from hyperize.training import param_groups
 
 __all__ = ["HyperMuon"]
@@ -238,7 +239,7 @@ def _by_hypernet(model: nn.Module) -> list[tuple[HyperNet, list[Generated]]]:
     for hypernet, layers in found.items():
         tables = [layer.embedding(name) for layer in layers for name in layer.generated]
         params = [*hypernet.parameters(), *tables]
-        if any(type(param).__name__ == "DTensor" for param in params):
+        if any(map(is_sharded, params)):
             raise ModelError(
                 "HyperMuon takes whole matrices, and those of this model are sharded (DTensors). "
                 "Train it with DistributedDataParallel, or with an optimizer that goes entry by "

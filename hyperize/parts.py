@@ -19,6 +19,7 @@ from hyperize.layers import HYPERNET, Generated
 from hyperize.plan import Plan, PlannedSite
 from hyperize.private import Private
 from hyperize.sites import Skip, wrapper_of
+from hyperize.tensors import is_sharded
 
 __all__: list[str] = []
 
@@ -103,7 +104,7 @@ def find_groups(hyper: nn.Module) -> list[Group]:
             "the model that hyperize() returned, or a part of it with generated layers."
         )
     for hypernet in members:
-        if any(type(p).__name__ == "DTensor" for p in hypernet.parameters()):
+        if any(is_sharded(p) for p in hypernet.parameters()):
             raise ModelError(
                 f"the hypernetwork is sharded (its parameters are DTensors); {GATHER}."
             )

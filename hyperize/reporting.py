@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -39,7 +38,7 @@ from hyperize.sites import (
 )
 from hyperize.tables import ROWS, Column, Printed, collapse, notebook, table
 from hyperize.teacher import Teacher, relative, state_of, teachers_of, weight_of
-from hyperize.writing import check_target, replacing
+from hyperize.writing import check_target, made_with, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -466,16 +465,8 @@ def _about(of: Report) -> Iterator[tuple[str, str]]:
     yield "request", of.request
     yield "built", "; ".join(f"{name} {text}" for name, text in of.settings)
     yield "report made", of.date
-    named = (f"{package} {version_of(package)}" for package in ("hyperize", "torch", "timm"))
+    named = map(" ".join, made_with().items())
     yield "versions", ", ".join((*named, f"Python {platform.python_version()}"))
-
-
-def version_of(package: str) -> str:
-    """The installed version of a package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a checkout
-        return "not installed"
 
 
 def report(

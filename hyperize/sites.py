@@ -39,6 +39,7 @@ from hyperize.layers import (
     spec_of,
 )
 from hyperize.source import written_parameter
+from hyperize.tensors import is_sharded
 from hyperize.tiling import kernel_name
 
 __all__: list[str] = []
@@ -660,7 +661,7 @@ def _check_model(model: nn.Module) -> None:
                 f"{where} is an uninitialised lazy module ({type(module).__name__}), its shapes "
                 "are unknown; run a forward pass on a sample input first."
             )
-        if any(type(t).__name__ == "DTensor" for t in tensors):
+        if any(map(is_sharded, tensors)):
             raise ModelError(f"{where} holds DTensors; hyperize the model before sharding it.")
 
 

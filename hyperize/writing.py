@@ -6,16 +6,28 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from hyperize.config import FileError
 
-__all__ = ["check_ending", "check_target", "replacing"]
+__all__ = ["check_ending", "check_target", "made_with", "replacing"]
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 """The files of a folder as on Hugging Face."""
+
+
+def made_with() -> dict[str, str]:
+    """The installed versions of what files and pages are made with."""
+    versions = {}
+    for package in ("hyperize", "torch", "timm"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout
+            versions[package] = "not installed"
+    return versions
 
 
 def check_ending(path: str | os.PathLike[str], *endings: str, needed: bool = False) -> None:

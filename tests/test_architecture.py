@@ -21,6 +21,7 @@ ORDER = [
         "tables",
         "source",
         "products",
+        "tensors",
         "factorized",
         "tiling",
         "moments",
