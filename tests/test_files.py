@@ -606,7 +606,7 @@ def test_a_package_that_is_not_installed_can_save(tmp_path, monkeypatch):
     def lacking(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("hyperize.reporting.version", lacking)
+    monkeypatch.setattr("hyperize.writing.version", lacking)
     save(hyperize(small("test_resnet"), compression=2), tmp_path / "f")
     load_timm(tmp_path / "f")
 
