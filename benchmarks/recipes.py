@@ -176,7 +176,6 @@ METHODS: dict[str, Method] = {
     "tucker": Method(lowrank(tucker), MUON),
     "cp": Method(lowrank(cp), MUON),
     "paper": Method(paper, MUON),
-    "default": Method(ours, MUON),
     "tile": Method(embedded("tile"), MUON),
     "channel": Method(embedded("channel"), MUON),
     "separable": Method(embedded("separable"), MUON),
