@@ -245,6 +245,17 @@ class Family:
         """Sets embeddings, in place, to what makes a constant weight and still learns."""
         z.zero_()
 
+    def absorb(self, net: Net, z: Tensor, grid: Grid, scale: float) -> float:
+        """Moves what it can of a weight's scale into its embeddings, in place.
+
+        Embeddings that are numbers of the weight should be as small as these, so that optimizers
+        take them at the pace of a dense weight.
+
+        Returns:
+            The scale that is left.
+        """
+        return scale
+
     # ---------------------------------------------------------------------------------------- fit
 
     def start(self, problem: Any) -> None:

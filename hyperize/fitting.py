@@ -371,9 +371,11 @@ def _write(problems: list[Problem], own: list[_Own], hyper: nn.Module) -> None:
         numbered = ((k, planned.site) for k in range(len(own)) for planned in group.plan.sites)
         for at, (k, site) in enumerate(numbered):
             layer = group.layers[site.path]
-            _of_network(layer.embedding(site.param), group, k).copy_(problem.embedding(at))
-            constants = layer.all_constants(site.param)
-            _of_network(constants, group, k).copy_(problem.constants[at])
+            z, (scale, offset) = problem.embedding(at), problem.constants[at].tolist()
+            scale = problem.family.absorb(problem.net, z, problem.grids[at], scale)
+            _of_network(layer.embedding(site.param), group, k).copy_(z)
+            constants = _of_network(layer.all_constants(site.param), group, k)
+            constants.copy_(constants.new_tensor([scale, offset]))
     for path, _, name, entries in own_tables(hyper):
         for entry, tensors in zip(entries, own, strict=True):
             if (path, name) in tensors:

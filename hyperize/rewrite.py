@@ -418,12 +418,13 @@ def _initialise(
             if std > 0:
                 drawn_mean, drawn_std = hypernet.moments(z, constants[at], grid, grams)
                 z /= drawn_std if hypernet.family.degree == 1 else drawn_std.sqrt()
-                affine.append([std, float(mean - std * drawn_mean / drawn_std)])
+                scale, offset = std, float(mean - std * drawn_mean / drawn_std)
             else:
                 # Constant weights (those of zero-initialised layers among them) start exactly so,
                 # and learn through their embeddings at the pace of a layer of fan-in variance.
                 hypernet.family.silence(z, grid)
-                affine.append([1 / math.sqrt(math.prod(weight.shape[1:])), mean])
+                scale, offset = 1 / math.sqrt(math.prod(weight.shape[1:])), mean
+            affine.append([hypernet.family.absorb(hypernet, z, grid, scale), offset])
             drawn.append(z)
         if config.conditions:
             times = config.conditions if config.share else 1

@@ -266,6 +266,12 @@ class Separable(Family):
     def silence(self, z: Tensor, grid: Grid) -> None:
         z[: self.split(grid)[0]] = 0  # of the numbers; gradients of these are not zero
 
+    def absorb(self, net: Net, z: Tensor, grid: Grid, scale: float) -> float:
+        if not _is_stored(net, grid):
+            return scale
+        z[: self.split(grid)[0]] *= scale
+        return 1.0
+
     def split(self, grid: Grid) -> list[int]:
         numbers = -(-grid.rows * grid.width // grid.lead)
         return [numbers, grid.tiles - numbers]

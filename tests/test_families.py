@@ -190,6 +190,35 @@ def test_a_constant_separable_weight_learns(compression):
     assert hyper[1].weight_embedding.grad.any()
 
 
+@pytest.mark.parametrize(
+    ("options", "fitted"),
+    [({}, False), ({"conditions": 2}, False), ({"condition_dim": 2}, False), ({}, True)],
+    ids=str,
+)
+def test_stored_numbers_are_as_large_as_the_weight(options, fitted):
+    """So that Adam, whose steps are as large as its rate, takes them at the pace of the weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(64, 64, 3) for _ in range(3)))
+    with torch.no_grad():
+        for layer, size in zip(model, (1, 0.1, 10), strict=True):
+            layer.weight.mul_(size)
+    hyper = hyperize(model, embeddings="separable", compression=2, seed=0, **options)
+    if fitted:
+        fit_(hyper, model)
+    plan = hyper.hypernet.plan
+    assert plan.embedding_dim == plan.lead
+    for layer, dense in zip(hyper, model, strict=True):
+        count = plan.family.split(layer.grids["weight"])[0]
+        for z, (scale, _) in zip(
+            layer.weight_embedding.view(-1, *layer.weight_embedding.shape[-2:]),
+            layer.all_constants("weight").view(-1, 2).expand(plan.config.rows, 2),
+            strict=True,
+        ):
+            assert scale == 1
+            ratio = z[:count].std() / dense.weight.std()
+            assert 1 / 3 < ratio < 3  # the rest is the kernels'
+
+
 @pytest.mark.parametrize("compression", [2, 12])
 def test_balancing_separable_embeddings_changes_no_weight(compression):
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3))

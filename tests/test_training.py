@@ -79,7 +79,7 @@ def test_a_wrapped_hyper_model_has_the_same_groups():
 
 
 def test_recurrent_weights_that_stay_dense_decay():
-    hyper = hyperize(CRNN(), compression=4, exclude="lstm")
+    hyper = hyperize(CRNN(), compression=4, embeddings="tile", exclude="lstm")
     decayed, _ = names(hyper, param_groups(hyper, DECAY))
     lstm = {name for name, p in hyper.named_parameters() if "lstm" in name and p.ndim == 2}
     assert len(lstm) == 8
