@@ -251,6 +251,12 @@ class Family:
         Embeddings that are numbers of the weight should be as small as these, so that optimizers
         take them at the pace of a dense weight.
 
+        Args:
+            net: The hypernetwork.
+            z: The weight's embeddings.
+            grid: How it is cut.
+            scale: What the weight is multiplied by.
+
         Returns:
             The scale that is left.
         """
