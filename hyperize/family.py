@@ -18,9 +18,9 @@ hypernetwork, fit and factors know families by the methods of `Family` only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from hyperize.tiling import Grid, Head, kernel_name, make_grid
 
 __all__ = ["Family"]
 
+_K = TypeVar("_K", bound=Hashable)
 Geometry = tuple[int, tuple[Head, ...]]
 """The lead of all tiles, and the heads."""
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -353,10 +354,15 @@ def with_ones(x: Tensor) -> Tensor:
 
 def by_kernel(sites: Sequence[Site]) -> dict[str, list[int]]:
     """Kernel size -> numbers of the weights that have it."""
-    members: dict[str, list[int]] = {}
-    for at, (*_, grid) in enumerate(sites):
-        members.setdefault(grid.kernel, []).append(at)
-    return members
+    return grouped(grid.kernel for *_, grid in sites)
+
+
+def grouped(keys: Iterable[_K]) -> dict[_K, list[int]]:
+    """Key -> numbers of the places where it stands, in order."""
+    places: dict[_K, list[int]] = {}
+    for at, key in enumerate(keys):
+        places.setdefault(key, []).append(at)
+    return places
 
 
 def mean_gram(matrices: Sequence[Tensor]) -> Tensor:

@@ -104,7 +104,7 @@ def find_groups(hyper: nn.Module) -> list[Group]:
             "the model that hyperize() returned, or a part of it with generated layers."
         )
     for hypernet in members:
-        if any(is_sharded(p) for p in hypernet.parameters()):
+        if any(map(is_sharded, hypernet.parameters())):
             raise ModelError(
                 f"the hypernetwork is sharded (its parameters are DTensors); {GATHER}."
             )

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -115,8 +116,7 @@ class _Budget:
 
     def met(self, dense: np.ndarray, hyper: np.ndarray) -> np.ndarray:
         if self.max_params is not None:
-            rest = self.total_params - dense // self.networks
-            return np.asarray(rest + hyper <= self.max_params)
+            return np.asarray(self._rest(dense) + hyper <= self.max_params)
         return np.asarray(dense >= (self.compression or 0) * hyper) & (dense > 0)
 
     def is_used(self, choice: _Choice) -> bool:
@@ -126,8 +126,12 @@ class _Budget:
             return True
         allowed = choice.dense / self.least_ratio
         if self.max_params is not None:
-            allowed = self.max_params - self.total_params + choice.dense / self.networks
+            allowed = self.max_params - self._rest(choice.dense)
         return choice.met and choice.hyper >= share * allowed
+
+    def _rest(self, dense: Any) -> Any:
+        """Parameters that are not generated, if that many are."""
+        return self.total_params - dense // self.networks
 
     def distance(self, choice: _Choice) -> float:
         """Grows as a choice gets further from the request."""

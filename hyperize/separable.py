@@ -20,6 +20,7 @@ from hyperize.family import (
     Net,
     Site,
     by_kernel,
+    grouped,
     kernel_sizes,
     mean_gram,
     mean_sides,
@@ -129,7 +130,9 @@ class Separable(Family):
 
     def weight(self, net: Net, site: Site) -> Tensor:
         _, (_, offset), grid = site
-        return _separated(*self.thin(net, site), offset, grid)
+        numbers, kernels = self.thin(net, site)
+        rows = torch.addcmul(offset, numbers[..., None], kernels)  # (R, w, 1) * (w, k)
+        return grid.join(rows.flatten(1))  # (R, w, k) -> (R, w * k)
 
     def thin(self, net: Net, site: Site) -> tuple[Tensor, Tensor]:
         """The pointwise numbers of a weight, (R, w), and its depthwise kernels, (w, k), scaled."""
@@ -163,20 +166,18 @@ class Separable(Family):
                 right = with_column(*net.layer("pointwise"))
                 numbers = product_in(with_ones(numbers), right, inner)
             offsets = torch.stack(constants)[:, 1].to(inner)
-            alike = Counter(map(_size, grids))  # n weights of each size, as they follow each other
-            tiles = dict(zip(map(_size, grids), counts, strict=True))
-            divided = [[n * tiles[size][part] for size, n in alike.items()] for part in (0, 1)]
-            of_sizes = zip(
-                numbers.to(inner).split(divided[0]), kernels.split(divided[1]), strict=True
-            )
-            before = 0
-            for ((r, w, k), n), (point, depth) in zip(alike.items(), of_sizes, strict=True):
-                points, depths = _laid(point, n, r, w), _laid(depth, n, w, k)
-                made = _Products.apply(offsets[before : before + n], points, depths)
+            alike = grouped(map(_size, grids))  # the sizes follow each other
+            points = numbers.to(inner).split([sum(counts[n][0] for n in g) for g in alike.values()])
+            depths = kernels.split([sum(counts[n][1] for n in g) for g in alike.values()])
+            of_sizes = zip(alike.items(), points, depths, strict=True)
+            for ((r, w, k), group), point, depth in of_sizes:
+                of_group = offsets[group[0] : group[-1] + 1]
+                made = _Products.apply(
+                    of_group, _laid(point, len(group), r, w), _laid(depth, len(group), w, k)
+                )
                 made = made.to(dtype).flatten(2)  # (n, r, w, k) -> (n, r, w * k)
-                for number, rows in enumerate(made.unbind(), before):
+                for number, rows in zip(group, made.unbind(), strict=True):
                     weights[members[number]] = stack.mark(number, grids[number].join(rows))
-                before += n
         return [weights[at] for at in range(len(sites))]
 
     def squares(self, net: Net, sites: Sequence[Site]) -> Tensor | None:
@@ -233,9 +234,8 @@ class Separable(Family):
         if not _is_stored(problem.net, problem.grids[0]):
             problem.randomise()
             return
-        for kernel in problem.net.heads:
+        for kernel, members in grouped(grid.kernel for grid in problem.grids).items():
             weight, bias = problem.net.head(kernel)
-            members = [at for at, grid in enumerate(problem.grids) if grid.kernel == kernel]
             columns, kernels = {}, {}
             for at in members:
                 grid = problem.grids[at]
@@ -245,8 +245,7 @@ class Separable(Family):
                 flat = _principal(columns[at]).flatten()
                 spare = len(problem.z[at][1]) * len(weight) - len(flat)
                 kernels[at] = F.pad(flat, (0, spare)).view(-1, len(weight))  # (tiles, trail * k)
-            if members:
-                bias.copy_(problem.decompose(kernels, weight, 1))
+            bias.copy_(problem.decompose(kernels, weight, 1))
             for at, of_column in columns.items():
                 made = linear(problem.z[at][1], weight, bias)  # (tiles, trail * k)
                 made = _laid(made, *of_column.shape[::2])  # (w, k)
@@ -332,12 +331,6 @@ class _Products(torch.autograd.Function):
         to_numbers = of_columns @ kernels[..., None]  # (n, w, r, 1)
         to_kernels = numbers.mT[:, :, None] @ of_columns  # (n, w, 1, k)
         return None, to_numbers.squeeze(3).mT, to_kernels.squeeze(2)
-
-
-def _separated(numbers: Tensor, kernels: Tensor, offset: Tensor, grid: Grid) -> Tensor:
-    """The weight of pointwise numbers, (R, w), and depthwise kernels, (w, k)."""
-    rows = torch.addcmul(offset, numbers[..., None], kernels)  # (R, w, 1) * (w, k)
-    return grid.join(rows.flatten(1))  # (R, w, k) -> (R, w * k)
 
 
 def _principal(matrices: Tensor) -> Tensor:

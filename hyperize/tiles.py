@@ -21,6 +21,7 @@ from hyperize.family import (
     Net,
     Site,
     eigh,
+    grouped,
     kernel_sizes,
     mean_gram,
     mean_sides,
@@ -160,13 +161,14 @@ class OneLayer(Family):
             Numbers of the sites, their stack, and the two matrices whose product left @ right.T has
             the rows of all: (sum of R * P, d + 2) and (w * k, d + 2).
         """
-        alike: dict[tuple[str, int], list[int]] = {}
-        for at, (*_, grid) in enumerate(sites):
+
+        def form(grid: Grid) -> tuple[str, int]:
             whole = len(net.head(grid.kernel)[1])
             # A weight of one row may be the beginning of a longer row
             width = whole if grid.rows * grid.parts == 1 else grid.width * grid.elements
-            alike.setdefault((grid.kernel, width), []).append(at)
-        for (kernel, width), members in alike.items():
+            return grid.kernel, width
+
+        for (kernel, width), members in grouped(form(grid) for *_, grid in sites).items():
             z, constants, grids = zip(*(sites[at] for at in members), strict=True)
             stack = Stack(grids)
             hidden, columns = self.stacked(net, stack, z, constants)
@@ -206,11 +208,9 @@ class OneLayer(Family):
 
     def start(self, problem: Any) -> None:
         """By the truncated decomposition of the tiles, padding taken as zero."""
-        for kernel in problem.net.heads:
-            members = [at for at, grid in enumerate(problem.grids) if grid.kernel == kernel]
-            if members:  # all layers of a kernel size may have been replaced since
-                weight, bias = problem.net.head(kernel)
-                bias.copy_(problem.decompose({at: problem.rows(at) for at in members}, weight))
+        for kernel, members in grouped(grid.kernel for grid in problem.grids).items():
+            weight, bias = problem.net.head(kernel)
+            bias.copy_(problem.decompose({at: problem.rows(at) for at in members}, weight))
 
 
 class TwoLayers(OneLayer):
