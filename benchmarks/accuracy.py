@@ -30,13 +30,16 @@ import argparse
 import hashlib
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from multiprocessing.managers import SyncManager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -228,7 +231,9 @@ def all_done(jobs: Sequence[Job], args: argparse.Namespace) -> list[dict[str, An
     processes = 1 if gpu else args.jobs
     threads = max(1, torch.get_num_threads() // processes)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    with context.Manager() as manager, progress_bar() as progress:
+    manager = SyncManager(ctx=context)
+    manager.start(end_with_parent)
+    with manager, progress_bar() as progress:
         epochs = manager.Queue()
         task = progress.add_task("epochs", total=sum(job.epochs for job in missing))
         with ProcessPoolExecutor(processes, context, start, (threads,)) as pool:
@@ -250,8 +255,24 @@ def together(jobs: Sequence[Job], most: int) -> list[list[Job]]:
     return [of[at : at + most] for of in by_batches.values() for at in range(0, len(of), most)]
 
 
+def end_with_parent() -> None:
+    """Lets this process end when the one that started it does, be it killed.
+
+    A training that outlives its command would take a core, and write into its folder, unseen.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # as in every process but the first
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=end, daemon=True).start()
+
+
 def start(threads: int) -> None:
     """Sets up a process."""
+    end_with_parent()
     torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True

@@ -4,6 +4,9 @@ import argparse
 import importlib
 import json
 import queue
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +129,17 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(accuracy, method, da
     for result in results:
         del result["step_ms"]
     assert results[0] == results[1]
+
+
+def test_trainings_end_with_the_command_that_is_killed(data, tmp_path):
+    asked = f"--data-dir {data} --out {tmp_path} --methods tile --rates 1 --epochs 100000"
+    command = [sys.executable, ROOT / "benchmarks" / "accuracy.py", *asked.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("*.pt")):
+        time.sleep(0.1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate(timeout=60)  # until every process that has this output has ended
 
 
 @pytest.mark.parametrize("subject", ["resnet20", "wrn16-1", "resnet18", "vit"])
